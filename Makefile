@@ -1,0 +1,48 @@
+# make demo | test | check | test-slow | build | clean. Each target makes what it needs; a second call installs nothing.
+
+PYTHON := .venv/bin/python
+EXTENSION_SOURCES := setup.py $(shell find csrc -type f)
+
+# Any text or JSONL (.gz, .zst) file to train the demo on, and any tokenizer.json: make demo CORPUS=… TOKENIZER=…
+CORPUS :=
+TOKENIZER :=
+
+.PHONY: help demo test test-slow check build clean
+
+help:
+	@echo "make demo       train a small model and picture its variance (CORPUS=path TOKENIZER=path to use your own)"
+	@echo "make test       run the tests that take seconds"
+	@echo "make test-slow  run the tests that take minutes"
+	@echo "make check      lint, formatting and types"
+	@echo "make build      make .venv and build the extension, nothing more"
+	@echo "make clean      remove what was built; .venv and runs/ stay"
+
+demo: build
+	$(PYTHON) tools/demo.py $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)")
+
+test: build
+	$(PYTHON) -m pytest -q -m "not slow" --durations=10
+
+test-slow: build
+	$(PYTHON) -m pytest -q -m slow --durations=10
+
+check: build
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+build: .venv/.installed
+
+# The stamps are written by the last command of their recipe: whatever was interrupted runs again.
+.venv/.dependencies: constraints.txt tools/bootstrap.sh
+	@tools/bootstrap.sh environment constraints.txt
+	@touch $@
+
+.venv/.installed: .venv/.dependencies pyproject.toml $(EXTENSION_SOURCES)
+	@tools/bootstrap.sh install
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .venv/.installed
+	find sparsecod_mcore csrc tests tools examples benchmarks \
+		'(' -name '*.so' -o -name '*.o' -o -name __pycache__ ')' -prune -exec rm -rf '{}' +
