@@ -1,0 +1,76 @@
+"""The residual adds of a transformer layer, which measure what they add.
+
+Megatron asks its layer spec for a factory of the add at two places, after attention and after the MLP. A module class
+there gives one instance per layer, which learns its place once the model is built (`bind_residual_adds`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from sparsecod_mcore.ops import residual_add_moments
+
+ATTENTION_ADD, MLP_ADD = 0, 1  # index of a layer's two residual adds, in the order they run
+
+type Add = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor]
+
+
+class MomentsSource(Protocol):
+    """Where a residual add finds the moments it adds to; None when the running step is not measured."""
+
+    def moments(self, layer: int, add: int) -> torch.Tensor | None: ...
+
+
+class MeasuredResidualAdd(torch.nn.Module):
+    """y = dropout(branch + bias) + residual; on measured steps its moments are accumulated in the same pass.
+
+    Counted: training forwards that will have a backward, each microbatch once. Under full recomputation the first,
+    gradient-free forward is passed over and the recomputed one counts. An add that is bound to no layer (MTP) never measures.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._source: MomentsSource | None = None
+        self._layer = -1
+        self._add = -1
+
+    def bind(self, source: MomentsSource, layer: int, add: int) -> None:
+        """Measure into `source` as residual add `add` of layer `layer`, counted from 0 over the whole model."""
+        self._source, self._layer, self._add = source, layer, add
+
+    def forward(self, training: bool, fused: bool) -> Add:
+        """Megatron's protocol: return the function that adds. `fused` is moot, the add is one kernel anyway."""
+        moments = None
+        if self._source is not None and training and torch.is_grad_enabled():
+            moments = self._source.moments(self._layer, self._add)
+
+        def add(
+            branch_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float
+        ) -> torch.Tensor:
+            branch, bias = branch_with_bias
+            if branch.dtype != residual.dtype:  # --fp32-residual-connection keeps the stream in float32
+                branch = branch.to(residual.dtype)
+                bias = None if bias is None else bias.to(residual.dtype)
+            if training and dropout > 0.0:
+                branch = branch if bias is None else branch + bias
+                branch, bias = torch.nn.functional.dropout(branch, p=dropout), None
+            if moments is not None:
+                return residual_add_moments(branch, residual, moments, bias)
+            return residual + (branch if bias is None else branch + bias)
+
+        return add
+
+
+def bind_residual_adds(model_chunks: Sequence[MegatronModule], source: MomentsSource) -> int:
+    """Bind every residual add of the decoder layers in `model_chunks` to `source`; return how many layers were bound."""
+    bound = 0
+    for chunk in model_chunks:
+        for layer in chunk.decoder.layers:
+            assert isinstance(layer, TransformerLayer), type(layer)
+            layer.self_attn_bda.bind(source, layer.layer_number - 1, ATTENTION_ADD)
+            layer.mlp_bda.bind(source, layer.layer_number - 1, MLP_ADD)
+            bound += 1
+    return bound

@@ -1,0 +1,53 @@
+"""Layer specs: Megatron's own choice for the configuration, with this project's residual adds, norm and core attention."""
+
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
+
+from sparsecod_mcore.model.attention import SDPACoreAttention
+from sparsecod_mcore.model.norm import RMSNorm
+from sparsecod_mcore.model.residual import MeasuredResidualAdd
+
+
+def measured_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The decoder's spec for one pipeline stage: local or Transformer Engine, dense or MoE.
+
+    The adds are replaced everywhere. In the local spec so are the norms (upstream's refuse sequence parallelism) and the
+    core attention (upstream's keeps S x S scores); Transformer Engine's fused modules are left as they are.
+    """
+    transformer = model_config.transformer
+    spec = default_layer_spec(model_config, vp_stage)
+    local = transformer.transformer_impl == "local"
+    if isinstance(spec, ModuleSpec):
+        layers = [spec] * get_num_layers_to_build(transformer, vp_stage)
+        spec = TransformerBlockSubmodules(layer_specs=layers, layer_norm=None)
+        if not local:
+            from megatron.core.extensions.transformer_engine import TENorm
+
+            spec.layer_norm = TENorm
+    if local and transformer.normalization == "RMSNorm":
+        spec.layer_norm = RMSNorm
+    for layer in spec.layer_specs or []:
+        _measure(layer.submodules)
+        if local:
+            _localise(layer.submodules, rms_norm=transformer.normalization == "RMSNorm")
+    return spec
+
+
+def _measure(submodules: TransformerLayerSubmodules) -> None:
+    submodules.self_attn_bda = MeasuredResidualAdd
+    submodules.mlp_bda = MeasuredResidualAdd
+
+
+def _localise(submodules: TransformerLayerSubmodules, *, rms_norm: bool) -> None:
+    attention = submodules.self_attention
+    if issubclass(attention.module, SelfAttention):  # multi-latent attention keeps upstream's core
+        attention.submodules.core_attention = SDPACoreAttention
+    if rms_norm:
+        submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
+        for name in ("q_layernorm", "k_layernorm"):
+            if getattr(attention.submodules, name, None) is WrappedTorchNorm:
+                setattr(attention.submodules, name, RMSNorm)
