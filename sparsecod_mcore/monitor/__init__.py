@@ -1,0 +1,1 @@
+"""What training measures: where it is kept, when, how it is reduced over ranks, and where it goes."""

@@ -1,0 +1,76 @@
+"""The monitor: decides which steps are measured, reduces what they left in the buffer, hands it to the sinks."""
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+
+from sparsecod_mcore.model.residual import bind_residual_adds
+from sparsecod_mcore.monitor.buffer import MomentsBuffer
+from sparsecod_mcore.monitor.reduction import reduce_over_ranks
+from sparsecod_mcore.monitor.sinks import Sink
+from sparsecod_mcore.monitor.statistics import LayerStatistics, layer_statistics
+
+
+class Monitor:
+    """Statistics of every `stats_interval`-th training step.
+
+    Steps only accumulate on the device. `collect`, called by every rank at the log interval, reduces all measured steps
+    at once, copies them to the host, and feeds the sinks of the rank that writes.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        *,
+        stats_interval: int,
+        log_interval: int,
+        replicated: bool,
+        device: torch.device | str,
+    ) -> None:
+        """`replicated` as in `reduction.holds_replicated_tokens`; intervals in steps, `stats_interval` 0 measures none."""
+        self.stats_interval = stats_interval
+        self.sinks: Sequence[Sink] = ()
+        self._replicated = replicated
+        self._tokens: dict[int, int] = {}
+        measured_per_log = 1 if not stats_interval else -(-log_interval // stats_interval)
+        self._buffer = MomentsBuffer(measured_per_log, num_layers, device)
+
+    def bind(self, model_chunks: Sequence[MegatronModule]) -> None:
+        """Let the residual adds of these model chunks measure into this monitor."""
+        bind_residual_adds(model_chunks, self._buffer)
+
+    def begin_step(self, iteration: int) -> None:
+        """Called before the forward passes of `iteration` (counted from 1)."""
+        if self.stats_interval and iteration % self.stats_interval == 0:
+            self._buffer.begin(iteration)
+
+    def end_step(self, iteration: int, tokens: int) -> None:
+        """Called after the last backward pass of `iteration`, by which `tokens` have been trained on in all."""
+        self._buffer.end()
+        self._tokens[iteration] = tokens
+
+    def collect(self) -> dict[int, LayerStatistics]:
+        """Reduce the measured steps since the last call and give them to the sinks. Collective over all ranks.
+
+        Returns the statistics [L] (float64, on the host) by iteration, the same on every rank.
+        """
+        iterations = list(self._buffer.iterations)
+        if not iterations:
+            self._tokens.clear()
+            return {}
+        moments_ILAM = reduce_over_ranks(
+            self._buffer.moments_ILAM[: len(iterations)], replicated=self._replicated
+        ).cpu()
+        self._buffer.clear()
+        collected = {i: layer_statistics(moments) for i, moments in zip(iterations, moments_ILAM, strict=True)}
+        for iteration, statistics in collected.items():
+            for sink in self.sinks:
+                sink.append(iteration, self._tokens[iteration], statistics)
+        self._tokens.clear()
+        return collected
+
+    def flush(self) -> None:
+        """Make durable what the sinks were given: at every checkpoint, and when training ends."""
+        for sink in self.sinks:
+            sink.flush()

@@ -1,0 +1,51 @@
+"""Where statistics go besides Parquet: TensorBoard and Weights & Biases, through the writers that Megatron opened."""
+
+from typing import Any, Protocol
+
+from sparsecod_mcore.monitor.statistics import STREAMS, LayerStatistics
+
+
+class Sink(Protocol):
+    """Takes the statistics of one iteration; `flush` makes what was taken durable."""
+
+    def append(self, iteration: int, tokens: int, statistics: LayerStatistics) -> None: ...
+
+    def flush(self) -> None: ...
+
+
+def variance_scalars(statistics: LayerStatistics) -> dict[str, float]:
+    """Scalars worth a live curve: variance of every layer and stream, and the last-layer variance (Eq. 4 of h_L)."""
+    scalars = {
+        f"variance/{stream}/layer_{layer:03d}": value
+        for stream in STREAMS
+        for layer, value in enumerate(statistics[stream, "variance"].tolist())
+    }
+    scalars["variance/last_layer"] = statistics["layer_output", "variance"][-1].item()
+    return scalars
+
+
+class TensorBoardSink:
+    """Scalars into the event file that Megatron's writer holds."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def append(self, iteration: int, tokens: int, statistics: LayerStatistics) -> None:
+        for tag, value in variance_scalars(statistics).items():
+            self._writer.add_scalar(tag, value, iteration)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+
+class WandbSink:
+    """One W&B record per iteration; works offline (``WANDB_MODE=offline``) like the run it belongs to."""
+
+    def __init__(self, wandb: Any) -> None:
+        self._wandb = wandb
+
+    def append(self, iteration: int, tokens: int, statistics: LayerStatistics) -> None:
+        self._wandb.log({"tokens": tokens, **variance_scalars(statistics)}, iteration)
+
+    def flush(self) -> None:
+        """W&B uploads on its own."""
