@@ -1,0 +1,225 @@
+"""Where this project stands in Megatron's training loop.
+
+Megatron's loop looks its parts up as globals of ``megatron.training.training``; each method of `TrainingHooks` named
+like one of them stands around it, called with the original first.
+"""
+
+import functools
+import math
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+from megatron.training import get_tensorboard_writer, get_wandb_writer, training
+
+from sparsecod_mcore.monitor.monitor import Monitor
+from sparsecod_mcore.monitor.parquet import ParquetSink
+from sparsecod_mcore.monitor.sinks import Sink, TensorBoardSink, WandbSink
+from sparsecod_mcore.monitor.statistics import LayerStatistics, first_non_finite
+from sparsecod_mcore.train import checkpoints
+from sparsecod_mcore.train.hardware import peak_flops
+from sparsecod_mcore.train.output import Say
+from sparsecod_mcore.train.progress import RunLog, Throughput, last_layer_variance, training_line
+from sparsecod_mcore.train.run_directory import RunDirectory
+
+
+class TrainingDiverged(RuntimeError):
+    """Loss or gradients stopped being finite numbers; the message says where it began."""
+
+
+class TrainingHooks:
+    """One training run's monitor, logs and checkpoint care, hooked into Megatron's loop."""
+
+    def __init__(self, args: Namespace, run: RunDirectory, monitor: Monitor, say: Say) -> None:
+        """`say` shows one line to the user."""
+        self.args, self.run, self.monitor, self.say = args, run, monitor, say
+        # Megatron's loss, TensorBoard and W&B live on the last rank; so do this run's files.
+        self.writes = dist.get_rank() == dist.get_world_size() - 1
+        self.log: RunLog | None = None
+        self.pending: list[dict[str, Any]] = []
+        self.evaluated_at: int | None = None
+        self.validation_loss: torch.Tensor | None = None
+        self.throughput: Throughput | None = None
+
+    def install(self) -> None:
+        """Stand around the parts of Megatron's loop, once per process."""
+        for hook in (
+            self.load_checkpoint,
+            self.train_step,
+            self.training_log,
+            self.evaluate,
+            self.evaluate_and_print_results,
+            self.save_checkpoint_and_time,
+        ):
+            original = getattr(training, hook.__name__)
+            setattr(training, hook.__name__, functools.partial(hook, original))
+
+    def load_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Point Megatron at the newest whole checkpoint of the folder to load from."""
+        directory = Path(self.args.load)
+        if self.args.ckpt_step is None and directory.is_dir():
+            iteration = checkpoints.newest_whole_iteration(directory)
+            if iteration is not None:
+                checkpoints.point_tracker_at(directory, iteration)
+        return original(*args, **kwargs)
+
+    def open(self, iteration: int) -> None:
+        """Open the sinks where `iteration` steps are done: what they hold of later steps is dropped."""
+        tokens_per_step = get_current_global_batch_size() * self.args.seq_length
+        self.throughput = Throughput(
+            flops_per_step=training.num_floating_point_operations(self.args, get_current_global_batch_size()),
+            tokens_per_step=tokens_per_step,
+            num_devices=self.args.world_size,
+            peak_flops=peak_flops(),
+        )
+        self.throughput.restart(iteration)
+        if not self.writes:
+            return
+        self.log = RunLog(self.run.log, iteration)
+        sinks: list[Sink] = [ParquetSink(self.run.stats, iteration)]
+        if (writer := get_tensorboard_writer()) is not None:
+            sinks.append(TensorBoardSink(writer))
+        if (wandb := get_wandb_writer()) is not None:
+            sinks.append(WandbSink(wandb))
+        self.monitor.sinks = sinks
+
+    def train_step(self, original: Callable[..., Any], *args: Any, iteration: int, **kwargs: Any) -> Any:
+        """Measure the step. Megatron counts the iterations that are done; this one is the next."""
+        if self.throughput is None:
+            self.open(iteration)
+        self.monitor.begin_step(iteration + 1)
+        result = original(*args, iteration=iteration, **kwargs)
+        samples = self.args.consumed_train_samples + get_current_global_batch_size()
+        self.monitor.end_step(iteration + 1, samples * self.args.seq_length)
+        return result
+
+    def training_log(
+        self,
+        original: Callable[..., Any],
+        loss_dict: dict[str, torch.Tensor],
+        total_loss_dict: dict[str, Any],
+        learning_rate: float | None,
+        iteration: int,
+        loss_scale: float,
+        report_memory_flag: bool,
+        skipped_iter: int,
+        grad_norm: float | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Let Megatron feed its writers; then log, show and check the step."""
+        result = original(
+            loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory_flag, skipped_iter,
+            grad_norm, *args, **kwargs,
+        )  # fmt: skip
+        if self.writes:
+            tokens = self.args.consumed_train_samples * self.args.seq_length
+            step = {"iteration": iteration, "tokens": tokens, "loss": loss_dict.get("lm loss")}
+            self.pending.append(step | {"learning_rate": learning_rate, "grad_norm": grad_norm})
+        if not skipped_iter and not self._is_finite(loss_dict, grad_norm):
+            self._stop_diverged(iteration, self.collect(iteration))
+        if iteration % self.args.log_interval == 0:
+            self.collect(iteration, show=True)
+        return result
+
+    def collect(self, iteration: int, *, show: bool = False) -> dict[int, LayerStatistics]:
+        """Reduce and store the statistics of the steps since the last call, and log those steps. Collective."""
+        collected = self.monitor.collect()
+        if self.writes:
+            assert self.log is not None and self.throughput is not None
+            for step in self.pending:
+                step["loss"] = None if step["loss"] is None else step["loss"].item()
+                step["last_layer_variance"] = last_layer_variance(collected, step["iteration"])
+            if show:
+                self.pending[-1] |= self.throughput.measure(iteration)
+                self.say(training_line(self.pending[-1], self.args.train_iters))
+            for step in self.pending:
+                self.log.append(step)
+            self.pending.clear()
+        return collected
+
+    def _is_finite(self, loss_dict: dict[str, torch.Tensor], grad_norm: float | None) -> bool:
+        """Whether the step's gradients are finite. A non-finite loss makes the gradient norm so, on every rank alike."""
+        if grad_norm is not None:
+            return math.isfinite(grad_norm)
+        loss = loss_dict.get("lm loss")  # without gradient clipping there is no norm, and the last stage must tell
+        bad = torch.zeros(1, device=torch.cuda.current_device())
+        if loss is not None:
+            bad += (~torch.isfinite(loss)).float().sum()
+        dist.all_reduce(bad)
+        return bad.item() == 0
+
+    def _stop_diverged(self, iteration: int, collected: dict[int, LayerStatistics]) -> None:
+        self.finish()
+        where = first_non_finite(collected[iteration]) if iteration in collected else None
+        if where is not None:
+            layer, stream, count = where
+            place = f"non-finite values first appear in layer {layer}, stream {stream} ({count} of them)"
+        elif iteration in collected:
+            place = "every layer's output is finite, so it began in the output layer, the loss or the backward pass"
+        else:
+            place = "this step was not measured; cod.stats_interval 1 names the layer"
+        raise TrainingDiverged(
+            f"loss or gradients are not finite at iteration {iteration}: {place}. "
+            f"Nothing was saved of this step; the same command goes on from the last checkpoint"
+        )
+
+    def evaluate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Keep the validation loss that Megatron would only print."""
+        result = original(*args, **kwargs)
+        self.validation_loss = (result[0] or {}).get("lm loss")
+        return result
+
+    def evaluate_and_print_results(
+        self,
+        original: Callable[..., Any],
+        prefix: str,
+        forward_step: Callable[..., Any],
+        data_iterator: Any,
+        model: Any,
+        iteration: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Log the validation perplexity; the final evaluation at an iteration just evaluated is not done twice."""
+        on_test_set = "test" in prefix
+        if iteration == self.evaluated_at and not on_test_set:
+            return
+        began = time.perf_counter()
+        original(prefix, forward_step, data_iterator, model, iteration, *args, **kwargs)
+        self._not_training(began)
+        if on_test_set:
+            return
+        self.evaluated_at = iteration
+        if self.writes and self.validation_loss is not None:
+            loss = self.validation_loss.item()
+            perplexity = math.exp(min(loss, 700.0))
+            self.say(f"validation at step {iteration}: loss {loss:.4f}, perplexity {perplexity:.2f}")
+            if self.log is not None:
+                record = {"validation_loss": loss, "validation_perplexity": perplexity}
+                self.log.append({"iteration": iteration} | record)
+
+    def save_checkpoint_and_time(
+        self, original: Callable[..., Any], iteration: int, *args: Any, **kwargs: Any
+    ) -> None:
+        """Everything up to a checkpoint is on disk before the checkpoint is."""
+        self.collect(iteration)
+        self.finish()
+        began = time.perf_counter()
+        original(iteration, *args, **kwargs)
+        self._not_training(began)
+
+    def _not_training(self, began: float) -> None:
+        if self.throughput is not None:
+            self.throughput.exclude(time.perf_counter() - began)
+
+    def finish(self) -> None:
+        """Make durable what was logged."""
+        self.monitor.flush()
+        if self.log is not None:
+            self.log.flush()

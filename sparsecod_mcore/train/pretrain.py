@@ -1,0 +1,128 @@
+"""``examples/pretrain_cod.py``: from a command line to a trained model, on Megatron's own training loop."""
+
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.training import training
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.global_vars import set_global_variables
+
+from sparsecod_mcore import config
+from sparsecod_mcore.errors import EXIT_USER_ERROR, UserError
+from sparsecod_mcore.model.spec import measured_spec
+from sparsecod_mcore.monitor.monitor import Monitor
+from sparsecod_mcore.monitor.reduction import holds_replicated_tokens
+from sparsecod_mcore.train import input_checks, upstream
+from sparsecod_mcore.train.batches import build_datasets, forward_step
+from sparsecod_mcore.train.hooks import TrainingDiverged, TrainingHooks
+from sparsecod_mcore.train.output import Say, megatron_output
+from sparsecod_mcore.train.run_directory import RunDirectory
+
+# One process without a launcher is a job of one rank.
+SINGLE_PROCESS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+EXIT_DIVERGED = 1
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the command line says; exit code 0 when done, 2 for a user's mistake, 1 for anything else."""
+    if "RANK" not in os.environ:
+        os.environ.update(SINGLE_PROCESS)
+    try:
+        pretrain(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        _leave(str(error), EXIT_USER_ERROR)
+    except TrainingDiverged as error:
+        _leave(str(error), EXIT_DIVERGED)
+
+
+def _leave(sentence: str, code: int) -> NoReturn:
+    """Every rank has found the same; rank 0 says it, and the others give it time to before the launcher ends them."""
+    if os.environ["RANK"] == "0":
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(2.0)
+    sys.stdout.flush()
+    os._exit(code)  # threads of the process group may be waiting for ranks that are gone
+
+
+def pretrain(argv: Sequence[str]) -> None:
+    """Parse, check, build and train. Raises `UserError` for what the user can mend, before anything is written."""
+    argv = config.with_config(argv)
+    args = _parse(argv)
+    settings = config.explicit_settings(argv)
+    run = RunDirectory(Path(args.cod_run_dir or f"runs/{Path(args.config or 'default').stem}"))
+    for name, value in run.defaults().items():
+        if getattr(args, name) is None or getattr(args, name) == "":
+            setattr(args, name, value)
+    input_checks.fill_in_data(args)
+    input_checks.check_layout(args)
+    input_checks.check_data(args)
+    run.check(settings)
+    with megatron_output(run.path, args.rank, verbose=args.cod_verbose) as say:
+        _validate(args)
+        if args.rank == 0:
+            run.claim(settings)
+        upstream.mend()
+        set_global_variables(args)
+        _train(args, run, say)
+
+
+def _parse(argv: Sequence[str]) -> Namespace:
+    program = sys.argv[0]
+    try:
+        sys.argv = [program, *argv]
+        return parse_args(extra_args_provider=config.add_cod_arguments)
+    finally:
+        sys.argv = [program, *argv]
+
+
+def _validate(args: Namespace) -> None:
+    """Megatron's own validation, whose refusals are the user's to mend."""
+    try:
+        validate_args(args)
+    except (AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split()) or "an assertion of Megatron's argument validation failed"
+        raise UserError(f"Megatron refuses this configuration: {reason}") from error
+
+
+def _train(args: Namespace, run: RunDirectory, say: Say) -> None:
+    model_config = gpt_config_from_args(args)
+    model_config.transformer_layer_spec = measured_spec
+    hooks: list[TrainingHooks] = []
+
+    def measure(model_chunks: list[MegatronModule]) -> list[MegatronModule]:
+        """Runs once the model is built, when ranks, groups and device are known."""
+        monitor = Monitor(
+            args.num_layers,
+            stats_interval=args.cod_stats_interval,
+            log_interval=args.log_interval,
+            replicated=holds_replicated_tokens(args.sequence_parallel),
+            device=torch.cuda.current_device(),
+        )
+        monitor.bind(model_chunks)
+        hooks.append(TrainingHooks(args, run, monitor, say))
+        hooks[-1].install()
+        return model_chunks
+
+    model_config.pre_wrap_hooks.append(measure)
+    try:
+        training.pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            build_datasets,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
+    finally:
+        for hook in hooks:
+            hook.finish()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

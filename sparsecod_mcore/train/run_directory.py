@@ -1,0 +1,111 @@
+"""The run directory: one run's configuration, checkpoints, statistics and logs, and the proof that they belong together."""
+
+import os
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparsecod_mcore.errors import UserError
+
+# What may change when a run goes on: how it is spread over processes, logged, saved and stopped. All else makes it another run.
+FREE_TO_CHANGE = (
+    "cod.run_dir",
+    "cod.stats_interval",
+    "config",
+    "train_iters",
+    "train_samples",
+    "micro_batch_size",
+    "num_workers",
+    "distributed_backend",
+    "transformer_impl",
+    "sequence_parallel",
+    "num_layers_per_virtual_pipeline_stage",
+    "tp_comm_overlap",
+    "attention_backend",
+    "verify_integrity",
+    "data_cache_path",
+    "exit_*",
+    "save*",
+    "load*",
+    "no_load*",
+    "no_save*",
+    "ckpt_*",
+    "dist_ckpt_*",
+    "async_save",
+    "log_*",
+    "no_log*",
+    "eval_*",
+    "tensorboard_*",
+    "wandb_*",
+    "profile*",
+    "timing_log*",
+    "recompute_*",
+    "overlap_*",
+    "manual_gc*",
+    "use_distributed_optimizer",
+    "*_parallel_size",
+    "*_parallel_degree",
+    "distributed_timeout_minutes",
+)
+
+
+class RunDirectory:
+    """Paths inside one run's directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.checkpoints = path / "checkpoints"
+        self.stats = path / "stats"
+        self.tensorboard = path / "tensorboard"
+        self.log = path / "log.jsonl"
+
+    def defaults(self) -> dict[str, Any]:
+        """Megatron's output flags, for those that the user did not set."""
+        return {
+            "save": str(self.checkpoints),
+            "load": str(self.checkpoints),
+            "tensorboard_dir": str(self.tensorboard),
+            "wandb_save_dir": str(self.path),
+            "data_cache_path": str(self.path / "cache"),
+        }
+
+    def check(self, settings: dict[str, Any]) -> None:
+        """Refuse `settings` (by key) that make another run than the one whose configuration is stored here."""
+        if not self.config.exists():
+            return
+        stored = _flatten(yaml.safe_load(self.config.read_text()) or {})
+        given = _flatten(nest(settings))
+        changed = sorted(
+            key
+            for key in stored.keys() | given.keys()
+            if stored.get(key) != given.get(key) and not any(fnmatchcase(key, free) for free in FREE_TO_CHANGE)
+        )
+        if changed:
+            shown = ", ".join(f"{key} was {stored.get(key)!r} and is {given.get(key)!r}" for key in changed[:3])
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise UserError(
+                f"{self.path} belongs to a run with another configuration ({shown}{more}); "
+                "give the same configuration to go on with it, or another --cod-run-dir"
+            )
+
+    def claim(self, settings: dict[str, Any]) -> None:
+        """Store `settings` as this run's resolved configuration (the latest, if it went on with free changes)."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.config.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(yaml.safe_dump(nest(settings), sort_keys=False))
+        temporary.replace(self.config)
+
+
+def nest(settings: dict[str, Any]) -> dict[str, Any]:
+    """The form that a configuration file has: this project's keys in a ``cod:`` block."""
+    own = {key.removeprefix("cod."): value for key, value in settings.items() if key.startswith("cod.")}
+    megatron = {key: value for key, value in settings.items() if not key.startswith("cod.")}
+    return megatron | ({"cod": own} if own else {})
+
+
+def _flatten(config: dict[str, Any]) -> dict[str, Any]:
+    own = config.pop("cod", {})
+    return config | {f"cod.{key}": value for key, value in own.items()}
