@@ -27,9 +27,9 @@ test-slow: build
 	$(PYTHON) -m pytest -q -m slow --durations=10
 
 check: build
-	.venv/bin/ruff check
-	.venv/bin/ruff format --check
-	.venv/bin/mypy
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
 
 build: .venv/.installed
 

@@ -39,8 +39,14 @@ find_python() {
   fail "${unfit:-"no Python 3.12 on PATH, in pyenv or in uv: install one (uv python install 3.12, pyenv install 3.12, or your system's packages), then run the same command again."}"
 }
 
+need_compiler() {
+  command -v "${CXX:-c++}" >/dev/null ||
+    fail "no C++ compiler ('${CXX:-c++}') on PATH: install one (on Debian and Ubuntu: the package g++) or name it in CXX, then run the same command again."
+}
+
 make_environment() {
   local constraints=$1 python
+  need_compiler # said before the downloads
   if [ -e "$incomplete" ] || [ "$(lacks .venv/bin/python || echo other)" ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     python=$(find_python)
     echo "making .venv with $python"
@@ -55,8 +61,7 @@ make_environment() {
 }
 
 install_project() {
-  command -v "${CXX:-c++}" >/dev/null ||
-    fail "no C++ compiler ('${CXX:-c++}') on PATH: install one (on Debian and Ubuntu: the package g++) or name it in CXX, then run the same command again."
+  need_compiler
   echo "building the extension"
   # On PATH for ninja, which torch calls by name.
   PATH="$PWD/.venv/bin:$PATH" run_pip --no-build-isolation --no-deps --editable .

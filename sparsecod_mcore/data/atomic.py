@@ -1,0 +1,34 @@
+"""Files that are there wholly or not at all, whenever a run is killed."""
+
+import os
+from pathlib import Path
+
+from sparsecod_mcore.errors import UserError
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for output. Raises `UserError` if it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the output folder {folder} cannot be made ({error.strerror})") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"the output folder {folder} cannot be written to")
+
+
+def temporary(path: Path) -> Path:
+    """The name under which `path` is written before `publish` gives it its own."""
+    return path.with_name(path.name + ".tmp")
+
+
+def publish(path: Path) -> None:
+    """Give the file written as ``temporary(path)`` its name, after its content has reached the disk."""
+    with temporary(path).open("rb") as file:
+        os.fsync(file.fileno())
+    temporary(path).replace(path)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` to `path`."""
+    temporary(path).write_bytes(content)
+    publish(path)
