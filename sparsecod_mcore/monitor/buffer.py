@@ -17,7 +17,7 @@ class MomentsBuffer:
     Never sized by what a stage happens to hold: collectives over differently shaped buffers hang.
     """
 
-    def __init__(self, capacity: int, num_layers: int, device: torch.device | str) -> None:
+    def __init__(self, capacity: int, num_layers: int, device: torch.types.Device) -> None:
         shape = (capacity, num_layers, ADDS_PER_LAYER, NUM_MOMENTS)
         self.moments_ILAM = torch.zeros(shape, dtype=torch.float64, device=device)
         self.iterations: list[int] = []

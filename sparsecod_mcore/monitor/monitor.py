@@ -26,9 +26,9 @@ class Monitor:
         stats_interval: int,
         log_interval: int,
         replicated: bool,
-        device: torch.device | str,
+        device: torch.types.Device,
     ) -> None:
-        """`replicated` as in `reduction.holds_replicated_tokens`; intervals in steps, `stats_interval` 0 measures none."""
+        """`replicated` as in `holds_replicated_tokens`; intervals are in steps; `stats_interval` 0 is never."""
         self.stats_interval = stats_interval
         self.sinks: Sequence[Sink] = ()
         self._replicated = replicated

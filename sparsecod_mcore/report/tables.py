@@ -1,0 +1,54 @@
+"""Plain-text tables of a run."""
+
+from pathlib import Path
+
+import numpy as np
+
+from sparsecod_mcore.monitor.parquet import read_statistics
+
+_HEADINGS = (
+    "layer", "attention", "after attention", "mlp", "layer output", "growth", "covariance share",
+)  # fmt: skip
+_LEGEND = """\
+growth: variance of the layer's output over that of its input
+covariance share: part of the output's variance that the layer gained from 2 Cov(branch, residual)"""
+
+
+def variance_table(run_directory: Path) -> str:
+    """Variance (Eq. 4) of each stream by layer, at the last recorded iteration.
+
+    Beside it what each layer makes of its input: its growth Var(h_{l+1}) / Var(h_l), and the share of
+    Var(h_{l+1}) that is 2 Cov(h, f), summed over its two adds, of Var(h + f) = Var(h) + Var(f) + 2 Cov(h, f).
+    Raises UserError where the run directory holds no statistics.
+    """
+    statistics = read_statistics(run_directory / "stats")
+
+    def last(stream: str, statistic: str) -> np.ndarray:
+        return statistics.series(stream, statistic).values_IL[-1]
+
+    input_L = last("after_attention", "shortcut_variance")
+    output_L = last("layer_output", "variance")
+    covariance_L = last("after_attention", "covariance") + last("layer_output", "covariance")
+    with np.errstate(divide="ignore", invalid="ignore"):  # a stream of zeros has neither growth nor share
+        growth_L = output_L / input_L
+        share_L = 2 * covariance_L / output_L
+    streams = [last(stream, "variance") for stream in ("attention", "after_attention", "mlp")]
+    rows = [
+        [str(layer), *(_number(value) for value in values), f"{growth:.3f}x", f"{share:.1%}"]
+        for layer, (*values, growth, share) in enumerate(zip(*streams, output_L, growth_L, share_L, strict=True))
+    ]
+    iterations_I, tokens_I, _ = statistics.series("layer_output", "variance")
+    title = f"Variance by layer after iteration {iterations_I[-1]:,} ({tokens_I[-1]:,} training tokens)"
+    return f"{title}\n\n{_aligned([list(_HEADINGS), *rows])}\n\n{_LEGEND}"
+
+
+def _number(value: float) -> str:
+    """Four significant digits, trailing zeros included."""
+    return f"{value:#.4g}".rstrip(".")
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    """Right-aligned columns, the first row underlined."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
