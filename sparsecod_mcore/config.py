@@ -18,13 +18,12 @@ from megatron.training.arguments import add_megatron_arguments
 from sparsecod_mcore import platform
 from sparsecod_mcore.errors import UserError, nearest
 
+
 def add_cod_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add this project's flags, set what a machine without CUDA needs, and make errors one sentence."""
     group = parser.add_argument_group("sparsecod_mcore")
     group.add_argument("--config", help="YAML of flags; what is given on the command line wins.")
-    group.add_argument(
-        "--cod-run-dir", help="Where everything of the run goes; default runs/<name of the config>."
-    )
+    group.add_argument("--cod-run-dir", help="Where everything of the run goes; default runs/<name of the config>.")
     group.add_argument(
         "--cod-stats-interval",
         type=_non_negative,
@@ -35,13 +34,16 @@ def add_cod_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         "--cod-data", help="Prefix of a dataset made by tools/preprocess_data.py: its train and valid parts."
     )
     group.add_argument(
-        "--cod-verbose", action="store_true", help="Show what Megatron prints, instead of filing it in the run directory."
+        "--cod-verbose",
+        action="store_true",
+        help="Show what Megatron prints, instead of filing it in the run directory.",
     )
     group.add_argument("--cod-tokenizer", help="The tokenizer.json that the dataset was made with.")
-    parser.set_defaults(rerun_mode="disabled", check_for_nan_in_loss_and_grad=False)
+    # The monitor finds what is not finite, and names the layer; a run is always saved.
+    parser.set_defaults(rerun_mode="disabled", check_for_nan_in_loss_and_grad=False, save_interval=1000)
     if not platform.has_gpu():
         parser.set_defaults(**platform.CPU_DEFAULTS)
-    parser.error = lambda message: _refuse(parser, message)  # type: ignore[method-assign, assignment]
+    parser.error = lambda message: _refuse(parser, message)  # type: ignore[method-assign]
     return parser
 
 

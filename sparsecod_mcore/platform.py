@@ -31,8 +31,7 @@ class _InstantStream:
     def __enter__(self) -> "_InstantStream":
         return self
 
-    def __exit__(self, *exc: object) -> bool:
-        return False
+    def __exit__(self, *exc: object) -> None: ...
 
     def _nothing(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -71,7 +70,7 @@ def stand_in_for_the_device() -> None:
 
 
 def place_tensors_on_cpu() -> None:
-    """``.cuda()`` and ``device="cuda"`` in tensor factories mean the CPU; pinned memory needs a driver, so none is asked."""
+    """``.cuda()`` and ``device="cuda"`` in tensor factories mean the CPU, and nothing is pinned, which takes a driver."""
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
@@ -112,7 +111,7 @@ def keep_random_state_on_cpu() -> None:
 
 
 def give_split_sizes_to_gloo() -> None:
-    """gloo's all-to-all wants integers where upstream hands it a CPU tensor of split sizes (it converts CUDA ones only)."""
+    """gloo's all-to-all wants integers for split sizes; upstream makes them of CUDA tensors only."""
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
     def as_host_value(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -122,7 +121,7 @@ def give_split_sizes_to_gloo() -> None:
 
 
 def skip_fusion_warm_up() -> None:
-    """No compiled fusions on the CPU: 40 s of compiler per process, and the warm-up draws random numbers that differ by TP size."""
+    """No compiled fusions: these cost 40 s of compiler, and their warm-up draws random numbers that differ by TP size."""
     import megatron.training.training as training
 
     torch._dynamo.config.disable = True
@@ -137,7 +136,7 @@ def allow_no_cuda() -> None:
 
 
 def keep_random_state_around_data_iterators() -> None:
-    """A DataLoader draws its base seed from the CPU generator, on TP rank 0 alone: TP ranks would drop out differently."""
+    """A DataLoader draws its seed from the CPU generator, on TP rank 0 alone: TP ranks would drop out differently."""
     import megatron.training.training as training
 
     build = training.build_train_valid_test_data_iterators

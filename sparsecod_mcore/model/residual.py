@@ -28,7 +28,7 @@ class MeasuredResidualAdd(torch.nn.Module):
     """y = dropout(branch + bias) + residual; on measured steps its moments are accumulated in the same pass.
 
     Counted: training forwards that will have a backward, each microbatch once. Under full recomputation the first,
-    gradient-free forward is passed over and the recomputed one counts. An add that is bound to no layer (MTP) never measures.
+    gradient-free forward is passed over and the recomputed one counts. An add bound to no layer (MTP) never measures.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class MeasuredResidualAdd(torch.nn.Module):
 
 
 def bind_residual_adds(model_chunks: Sequence[MegatronModule], source: MomentsSource) -> int:
-    """Bind every residual add of the decoder layers in `model_chunks` to `source`; return how many layers were bound."""
+    """Bind the residual adds of all decoder layers in `model_chunks` to `source`; return how many layers were bound."""
     bound = 0
     for chunk in model_chunks:
         for layer in chunk.decoder.layers:

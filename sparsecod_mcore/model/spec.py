@@ -1,4 +1,4 @@
-"""Layer specs: Megatron's own choice for the configuration, with this project's residual adds, norm and core attention."""
+"""Layer specs: Megatron's own choice for a configuration, with this project's residual adds, norm and attention."""
 
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -15,8 +15,8 @@ from sparsecod_mcore.model.residual import MeasuredResidualAdd
 def measured_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The decoder's spec for one pipeline stage: local or Transformer Engine, dense or MoE.
 
-    The adds are replaced everywhere. In the local spec so are the norms (upstream's refuse sequence parallelism) and the
-    core attention (upstream's keeps S x S scores); Transformer Engine's fused modules are left as they are.
+    The adds are replaced everywhere. In the local spec so are the norms (upstream's refuse sequence parallelism) and
+    the core attention (upstream's keeps S x S scores); Transformer Engine's fused modules are left as they are.
     """
     transformer = model_config.transformer
     spec = default_layer_spec(model_config, vp_stage)

@@ -27,7 +27,7 @@ def keys_of_stage(vp_stage: int | None) -> tuple[str, ...]:
 
 
 def get_batch(
-    data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | None
+    data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | None, training: bool
 ) -> dict[str, torch.Tensor]:
     """This rank's part [B, S] of the next microbatch: broadcast from TP rank 0, split over context parallel ranks."""
     keys = keys_of_stage(vp_stage)
@@ -40,7 +40,7 @@ def get_batch(
         sample = next(data_iterator)
         batch = {key: sample[key].to(device, non_blocking=True) for key in keys}
     else:
-        shape = (args.micro_batch_size, args.seq_length)
+        shape = (args.micro_batch_size if training else args.eval_micro_batch_size, args.seq_length)
         batch = {
             key: torch.empty(shape, dtype=torch.float32 if key == "loss_mask" else torch.int64, device=device)
             for key in keys
@@ -52,18 +52,17 @@ def get_batch(
                 parallel_state.get_tensor_model_parallel_src_rank(),
                 group=parallel_state.get_tensor_model_parallel_group(),
             )
-    return get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
-    )
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
 
 
 def loss_of_tokens(
-    loss_mask_BS: torch.Tensor, losses_BS: torch.Tensor
+    loss_mask_BS: torch.Tensor | None, losses_BS: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum of next-token cross-entropies, number of tokens, and what is reported: both, so that ranks are weighed by tokens.
+    """Sum of next-token cross-entropies, number of tokens, and what is reported: both, to weigh ranks by tokens.
 
     Megatron divides the sum by the tokens; a pair in the report is summed over microbatches and ranks before division.
     """
+    assert loss_mask_BS is not None  # only the last stage has a loss
     mask_BS = loss_mask_BS.float()
     loss = (losses_BS.float() * mask_BS).sum()
     num_tokens = mask_BS.sum().to(torch.int)
@@ -74,7 +73,7 @@ def forward_step(
     data_iterator: Iterator[dict[str, torch.Tensor]] | None, model: GPTModel
 ) -> tuple[torch.Tensor, partial[Any]]:
     """One microbatch through this stage: the stage's output, and the loss function for the last stage."""
-    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"), model.training)
     output = model(
         batch.get("tokens"),
         batch.get("position_ids"),
@@ -85,9 +84,7 @@ def forward_step(
     return output, partial(loss_of_tokens, batch.get("loss_mask"))
 
 
-def build_datasets(
-    num_samples: tuple[int, int, int], vp_stage: int | None = None
-) -> list[GPTDataset | None]:
+def build_datasets(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> list[GPTDataset | None]:
     """Train, validation and test datasets of fixed-length sequences, cut from the concatenated documents."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)

@@ -144,7 +144,7 @@ class TrainingHooks:
         return collected
 
     def _is_finite(self, loss_dict: dict[str, torch.Tensor], grad_norm: float | None) -> bool:
-        """Whether the step's gradients are finite. A non-finite loss makes the gradient norm so, on every rank alike."""
+        """Whether the step's gradients are finite. A loss that is not makes their norm so, on every rank alike."""
         if grad_norm is not None:
             return math.isfinite(grad_norm)
         loss = loss_dict.get("lm loss")  # without gradient clipping there is no norm, and the last stage must tell

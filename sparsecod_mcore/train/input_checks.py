@@ -3,9 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
-from sparsecod_mcore.data.indexed import check_dataset
-from sparsecod_mcore.data.tokenizer import load_tokenizer, megatron_tokenizer_arguments
-from sparsecod_mcore.data.vocabulary import check_vocabulary
+from sparsecod_mcore.data import check_dataset, check_vocabulary, load_tokenizer, megatron_tokenizer_arguments
 from sparsecod_mcore.errors import UserError
 
 
@@ -27,7 +25,8 @@ def check_data(args: Namespace) -> None:
         raise UserError("no training data is given; --cod-data PREFIX takes what tools/preprocess_data.py made")
     for prefix in prefixes:
         check_dataset(prefix)
-        if args.cod_tokenizer is not None:
+        # Data that does not say what it was made with is read whole, by one process.
+        if args.cod_tokenizer is not None and args.rank == 0:
             check_vocabulary(prefix, args.cod_tokenizer)
 
 
@@ -52,17 +51,13 @@ def check_layout(args: Namespace) -> None:
         if value is None:
             raise UserError(f"{name} is not given")
     if heads % tensor:
-        raise UserError(
-            f"num_attention_heads {heads} is not divisible by tensor_model_parallel_size {tensor}"
-        )
+        raise UserError(f"num_attention_heads {heads} is not divisible by tensor_model_parallel_size {tensor}")
     if groups is not None and groups > 1 and max(groups, tensor) % min(groups, tensor):
         raise UserError(
             f"num_query_groups {groups} neither divides tensor_model_parallel_size {tensor} nor is divisible by it"
         )
     if args.num_experts is not None and args.num_experts % expert:
-        raise UserError(
-            f"num_experts {args.num_experts} is not divisible by expert_model_parallel_size {expert}"
-        )
+        raise UserError(f"num_experts {args.num_experts} is not divisible by expert_model_parallel_size {expert}")
     ranks_of_a_model = tensor * pipeline * args.context_parallel_size
     if args.world_size % ranks_of_a_model:
         raise UserError(
@@ -72,4 +67,6 @@ def check_layout(args: Namespace) -> None:
     if args.num_experts is not None and tensor > 1 and not args.sequence_parallel:
         raise UserError("mixture of experts with tensor parallelism needs sequence_parallel: true")
     if args.transformer_impl == "local" and args.reset_attention_mask:
-        raise UserError("reset_attention_mask needs transformer_impl: transformer_engine; the local attention is causal only")
+        raise UserError(
+            "reset_attention_mask needs transformer_impl: transformer_engine; the local attention is causal only"
+        )

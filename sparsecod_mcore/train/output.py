@@ -24,7 +24,7 @@ class LazyFile(io.TextIOBase):
 
 @contextlib.contextmanager
 def megatron_output(directory: Path, rank: int, *, verbose: bool) -> Iterator[Say]:
-    """Send prints, log records and warnings to ``megatron.log`` (``megatron-RANK.log``); yield how to speak to the user.
+    """Send prints, logs and warnings to ``megatron.log`` (``megatron-RANK.log``); yield how to speak to the user.
 
     With `verbose` everything stays on the screen.
     """

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import traceback
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,10 +88,14 @@ def _parse(argv: Sequence[str]) -> Namespace:
 
 def _validate(args: Namespace) -> None:
     """Megatron's own validation, whose refusals are the user's to mend."""
+    if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
+        # One hardware queue keeps collectives ahead of the matmuls that are to hide them; Megatron insists on it.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     try:
         validate_args(args)
     except (AssertionError, ValueError) as error:
-        reason = " ".join(str(error).split()) or "an assertion of Megatron's argument validation failed"
+        failed = traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
+        reason = " ".join(str(error).split()) or failed
         raise UserError(f"Megatron refuses this configuration: {reason}") from error
 
 

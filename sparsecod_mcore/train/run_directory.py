@@ -1,4 +1,4 @@
-"""The run directory: one run's configuration, checkpoints, statistics and logs, and the proof that they belong together."""
+"""The run directory: one run's configuration, checkpoints, statistics and logs, and that they belong together."""
 
 import os
 from fnmatch import fnmatchcase
@@ -9,7 +9,7 @@ import yaml
 
 from sparsecod_mcore.errors import UserError
 
-# What may change when a run goes on: how it is spread over processes, logged, saved and stopped. All else makes it another run.
+# What may change when a run goes on: how it is spread over processes, logged, saved and stopped.
 FREE_TO_CHANGE = (
     "cod.run_dir",
     "cod.stats_interval",

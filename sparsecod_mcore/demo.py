@@ -1,0 +1,78 @@
+"""The demo: from text to a trained model with its variance pictured, on any machine and without data files."""
+
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from sparsecod_mcore.data import (
+    Corpus,
+    DocstringCorpus,
+    FileCorpus,
+    preprocess,
+    save_corpus,
+    train_tokenizer,
+    unigram_perplexity,
+)
+from sparsecod_mcore.report.figures import save_variance_figure
+from sparsecod_mcore.report.tables import variance_table
+
+REPOSITORY = Path(__file__).parents[1]
+CONFIG = Path("examples/configs/micro.yaml")
+VOCABULARY_SIZE = 4096
+
+
+def run_demo(corpus_path: str | None, tokenizer: Path | None) -> None:
+    """Train `examples/configs/micro.yaml` on docstrings, or on the text or JSONL at `corpus_path`.
+
+    Without a `tokenizer` a BPE is trained on the corpus first. Everything goes to runs/demo-…, named after what it was
+    made from; the same call goes on where it was interrupted, and does nothing twice.
+    """
+    corpus: Corpus = DocstringCorpus() if corpus_path is None else FileCorpus([os.path.abspath(corpus_path)])
+    tokenizer = None if tokenizer is None else tokenizer.absolute()
+    os.chdir(REPOSITORY)
+    run = Path("runs") / f"demo-{_fingerprint(corpus, tokenizer)}"
+    if corpus_path is None:
+        extracted = run / "data" / "docstrings.jsonl"
+        if not extracted.exists():
+            save_corpus(corpus, extracted)
+        corpus = FileCorpus([str(extracted)])
+    if tokenizer is None:
+        tokenizer = run / "data" / "tokenizer.json"
+        if not tokenizer.exists():
+            train_tokenizer(corpus, tokenizer, VOCABULARY_SIZE)
+    data = run / "data" / "text"
+    preprocess(corpus, data, tokenizer)
+    _train(run, data, tokenizer)
+    _show(run, unigram_perplexity(f"{data}_valid"))
+
+
+def _fingerprint(corpus: Corpus, tokenizer: Path | None) -> str:
+    made_from = [corpus.identity(), None if tokenizer is None else str(tokenizer)]
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:8]
+
+
+def _train(run: Path, data: Path, tokenizer: Path) -> None:
+    command = ["torchrun", "--standalone", "examples/pretrain_cod.py", "--config", str(CONFIG)]
+    command += ["--cod-data", str(data), "--cod-tokenizer", str(tokenizer), "--cod-run-dir", str(run)]
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}  # torchrun would give one
+    launcher = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
+    if code := subprocess.run(launcher, env=threads | os.environ, check=False).returncode:
+        sys.exit(code)
+
+
+def _show(run: Path, unigram: float) -> None:
+    figures = save_variance_figure(run, run / "variance")
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    perplexity = [record["validation_perplexity"] for record in records if "validation_perplexity" in record][-1]
+    print(f"\n{variance_table(run)}\n")
+    print(
+        f"validation perplexity {perplexity:.1f}; unigram perplexity of the same tokens {unigram:.1f}, "
+        f"{unigram / perplexity:.1f} times as high"
+    )
+    print(f"figure: {', '.join(map(str, figures))}")
+    print(f"curves: .venv/bin/tensorboard --logdir {run / 'tensorboard'}")

@@ -1,0 +1,84 @@
+"""Every parallel layout trains the same model and measures the same statistics as one process."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.jobs import Data, Job, assert_same_losses, assert_same_statistics, train
+
+pytestmark = pytest.mark.distributed
+
+TP2 = ("--tensor-model-parallel-size", 2)
+SP = ("--sequence-parallel",)
+PP2 = ("--pipeline-model-parallel-size", 2)
+CP2 = ("--context-parallel-size", 2)
+EP2 = ("--expert-model-parallel-size", 2)
+DISTRIBUTED_OPTIMIZER = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1)
+
+DENSE_LAYOUTS = {
+    "tp2": (2, TP2),
+    "tp2_sp": (2, TP2 + SP),
+    "pp2": (2, PP2),
+    "pp2_interleaved": (2, (*PP2, "--num-layers-per-virtual-pipeline-stage", 1)),
+    "dp2": (2, ()),
+    "cp2": (2, CP2),
+    "dp2_distributed_optimizer": (2, DISTRIBUTED_OPTIMIZER),
+    "tp2_pp2": (4, TP2 + PP2),
+    "recompute": (1, RECOMPUTE),
+    "tp2_sp_recompute": (2, TP2 + SP + RECOMPUTE),
+}
+MOE_LAYOUTS = {
+    "ep2": (2, EP2),
+    "ep2_distributed_optimizer": (2, EP2 + DISTRIBUTED_OPTIMIZER),
+    "ep2_tp2_sp": (4, (*EP2, *TP2, *SP, "--expert-tensor-parallel-size", 1)),
+}
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory, dense_config: Path, data: Data, dense_start: tuple) -> Job:
+    """The dense model on one process."""
+    return train(tmp_path_factory.mktemp("dense"), dense_config, data, *dense_start)
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory, moe_config: Path, data: Data, moe_start: tuple) -> Job:
+    """The MoE model on one process."""
+    return train(tmp_path_factory.mktemp("moe"), moe_config, data, *moe_start)
+
+
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+def test_dense(layout: str, dense: Job, tmp_path: Path, dense_config: Path, data: Data, dense_start: tuple) -> None:
+    processes, flags = DENSE_LAYOUTS[layout]
+    job = train(tmp_path, dense_config, data, *dense_start, *flags, processes=processes)
+    assert_same_losses(job, dense, TOLERANCE)
+    assert_same_statistics(job, dense, TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", MOE_LAYOUTS)
+def test_moe(layout: str, moe: Job, tmp_path: Path, moe_config: Path, data: Data, moe_start: tuple) -> None:
+    processes, flags = MOE_LAYOUTS[layout]
+    job = train(tmp_path, moe_config, data, *moe_start, *flags, processes=processes)
+    assert_same_losses(job, moe, TOLERANCE)
+    assert_same_statistics(job, moe, TOLERANCE)
+
+
+def test_every_step_layer_and_stream_is_there(dense: Job) -> None:
+    keys = dense.statistics().keys()
+    assert {key[0] for key in keys} == set(range(1, 7))
+    assert {key[1] for key in keys} == set(range(4))
+    assert {key[2] for key in keys} == {"attention", "mlp", "after_attention", "layer_output"}
+
+
+def test_statistics_can_be_sparse_or_off(
+    tmp_path: Path, dense: Job, dense_config: Path, data: Data, dense_start: tuple
+) -> None:
+    """Measuring less often changes neither the training nor what is measured."""
+    sparse = train(tmp_path / "sparse", dense_config, data, *dense_start, "--cod-stats-interval", 3)
+    assert sparse.losses() == dense.losses()
+    expected = {key: value for key, value in dense.statistics().items() if key[0] % 3 == 0}
+    assert sparse.statistics() == expected
+    off = train(tmp_path / "off", dense_config, data, *dense_start, "--cod-stats-interval", 0)
+    assert off.losses() == dense.losses()
+    assert not list((off.run / "stats").glob("*.parquet"))
