@@ -114,7 +114,8 @@ def report(config: str, save: bool) -> None:
         device = (
             torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
         )
-        result: dict[str, Any] = {"benchmark": "statistics_overhead", "config": config, "date": date.today().isoformat()}
+        result: dict[str, Any] = {"benchmark": "statistics_overhead", "config": config}
+        result["date"] = date.today().isoformat()
         result |= {"device": device, "machine": platform.machine(), "torch": torch.__version__, "ways": rows}
         path = RESULTS / f"statistics_overhead_{Path(config).stem}.json"
         path.write_text(json.dumps(result, indent=2) + "\n")

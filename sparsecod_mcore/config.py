@@ -42,7 +42,9 @@ def add_cod_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     # The monitor finds what is not finite, and names the layer; a run is always saved.
     parser.set_defaults(rerun_mode="disabled", check_for_nan_in_loss_and_grad=False, save_interval=1000)
     if not platform.has_gpu():
-        parser.set_defaults(**platform.CPU_DEFAULTS)
+        parser.set_defaults(distributed_backend="gloo")
+    if not platform.has_transformer_engine():
+        parser.set_defaults(**platform.LOCAL_DEFAULTS)
     parser.error = lambda message: _refuse(parser, message)  # type: ignore[method-assign]
     return parser
 
@@ -123,7 +125,7 @@ def _keys(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     for action in parser._actions:
         if isinstance(action.const, bool):
             keys.setdefault(action.dest, action)
-    del keys["config"]
+    del keys["config"], keys["help"], keys["h"]
     return keys
 
 
@@ -137,8 +139,9 @@ def _as_flag(path: Path, key: str, value: Any, action: argparse.Action) -> list[
         return [flag] if wanted else []
     if value is None:
         return []
-    values = value if isinstance(value, list) else [value]
-    return [flag, *map(str, values)]
+    if action.nargs is None:  # one word, which may begin with a minus
+        return [f"{flag}={value}"]
+    return [flag, *map(str, value if isinstance(value, list) else [value])]
 
 
 def explicit_settings(argv: Sequence[str]) -> dict[str, Any]:
@@ -163,4 +166,6 @@ def _plain(value: Any) -> Any:
     """A parsed flag as YAML can hold it."""
     if isinstance(value, Enum):
         return value.name
-    return value if isinstance(value, bool | int | float | str | list) else str(value)
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, bool | int | float | str) else str(value)

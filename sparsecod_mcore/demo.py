@@ -58,6 +58,7 @@ def _fingerprint(corpus: Corpus, tokenizer: Path | None) -> str:
 def _train(run: Path, data: Path, tokenizer: Path) -> None:
     command = ["torchrun", "--standalone", "examples/pretrain_cod.py", "--config", str(CONFIG)]
     command += ["--cod-data", str(data), "--cod-tokenizer", str(tokenizer), "--cod-run-dir", str(run)]
+    command += ["--full-validation"]
     print(f"\n$ {shlex.join(command)}", flush=True)
     threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}  # torchrun would give one
     launcher = [sys.executable, "-m", "torch.distributed.run", *command[1:]]

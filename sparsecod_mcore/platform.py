@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,8 +20,13 @@ CPU = torch.device("cpu")
 
 
 def has_gpu() -> bool:
-    """Whether a CUDA device is there: decides between nccl and gloo, Transformer Engine and the local spec."""
+    """Whether a CUDA device is there: decides between nccl and gloo."""
     return torch.cuda.is_available()
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine's specs and fusions can be had; elsewhere the local spec is used."""
+    return has_gpu() and find_spec("transformer_engine") is not None
 
 
 class _InstantStream:
@@ -70,7 +76,7 @@ def stand_in_for_the_device() -> None:
 
 
 def place_tensors_on_cpu() -> None:
-    """``.cuda()`` and ``device="cuda"`` in tensor factories mean the CPU, and nothing is pinned, which takes a driver."""
+    """``.cuda()`` and ``device="cuda"`` in tensor factories mean the CPU, and nothing is pinned (a driver would)."""
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
@@ -121,7 +127,7 @@ def give_split_sizes_to_gloo() -> None:
 
 
 def skip_fusion_warm_up() -> None:
-    """No compiled fusions: these cost 40 s of compiler, and their warm-up draws random numbers that differ by TP size."""
+    """No compiled fusions: 40 s of compiler a process, and their warm-up draws random numbers, differing by TP size."""
     import megatron.training.training as training
 
     torch._dynamo.config.disable = True
@@ -161,9 +167,8 @@ CPU_PATCHES: tuple[Callable[[], None], ...] = (
     keep_random_state_around_data_iterators,
 )
 
-# What a machine without CUDA needs said on Megatron's command line; a flag given by the user wins.
-CPU_DEFAULTS: dict[str, Any] = {
-    "distributed_backend": "gloo",
+# What Megatron needs to be told where Transformer Engine is not installed; a flag given by the user wins.
+LOCAL_DEFAULTS: dict[str, Any] = {
     "transformer_impl": "local",
     "apply_rope_fusion": False,
     "masked_softmax_fusion": False,

@@ -6,10 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from sparsecod_mcore import __version__
 from sparsecod_mcore.data.atomic import write_atomically
 from sparsecod_mcore.errors import UserError
-
-from .. import __version__
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "valid")

@@ -53,7 +53,10 @@ def load_tokenizer(path: str | Path, eos_token: str | None = None) -> TextTokeni
         raise UserError(f"the tokenizer {path} is not valid JSON ({error})") from None
     if not isinstance(parsed, dict) or not isinstance(parsed.get("model"), dict):
         raise UserError(f"{path} is not a tokenizer.json of Hugging Face tokenizers: it has no model")
-    model = Tokenizer.from_str(content.decode("utf-8"))
+    try:
+        model = Tokenizer.from_str(content.decode("utf-8"))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"the tokenizer {path} is not accepted by Hugging Face tokenizers ({error})") from None
     model.encode_special_tokens = True
     # A stored limit or padding would cut or fill documents.
     model.no_truncation()

@@ -1,6 +1,7 @@
 """What the tokens of an indexed file say about its vocabulary."""
 
 import math
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,14 @@ from sparsecod_mcore.data.manifest import manifest_path, read_manifest
 from sparsecod_mcore.data.tokenizer import load_tokenizer
 from sparsecod_mcore.errors import UserError
 
+MOST_CHUNKS = 64
+
 
 def check_vocabulary(prefix: str | Path, tokenizer_path: str | Path, eos_token: str | None = None) -> None:
     """Check that the data at `prefix` (one split) can be trained on with a tokenizer.
 
     Raises `UserError` if the data's manifest names another tokenizer, or, for data without one, if a token
-    lies outside the vocabulary (which reads every token). For `eos_token` see `load_tokenizer`.
+    lies outside the vocabulary (which reads up to a billion of them). For `eos_token` see `load_tokenizer`.
     """
     tokenizer = load_tokenizer(tokenizer_path, eos_token)
     manifest = read_manifest(manifest_path(prefix))
@@ -28,7 +31,8 @@ def check_vocabulary(prefix: str | Path, tokenizer_path: str | Path, eos_token: 
                 f"of {tokenizer.vocabulary_size} tokens (sha256 {tokenizer.sha256[:12]}…)"
             )
         return
-    largest = max(int(tokens_N.max()) for tokens_N in check_dataset(prefix).chunks())
+    chunks = islice(check_dataset(prefix).chunks(), MOST_CHUNKS)
+    largest = max(int(tokens_N.max()) for tokens_N in chunks)
     if largest >= tokenizer.vocabulary_size:
         raise UserError(
             f"{prefix}.bin holds token {largest}, but the vocabulary of {tokenizer_path} "

@@ -1,15 +1,19 @@
-"""Core attention of the local spec on PyTorch's scaled_dot_product_attention: no S x S matrix in memory, GQA, CP.
+"""Core attention of the local spec on PyTorch's scaled_dot_product_attention: no S x S scores in memory, GQA, CP.
 
 Axes: S query positions of this rank, T key positions of all context-parallel ranks, B batch, N heads, G query groups,
 H head width.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from sparsecod_mcore.errors import UserError
 
 
 def zigzag_positions(sequence_length: int, context_parallel_size: int, rank: int) -> torch.Tensor:
@@ -37,6 +41,10 @@ class SDPACoreAttention(MegatronModule):
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
+        unsupported = ("window_size", "apply_query_key_layer_scaling")
+        given = [name for name in unsupported if getattr(config, name, None)]
+        if given or getattr(config, "softmax_type", "vanilla") != "vanilla":
+            raise UserError(f"the local attention has no {', '.join(given) or 'softmax_type'}; Transformer Engine has")
         self.context_parallel_group = pg_collection.cp
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -60,16 +68,19 @@ class SDPACoreAttention(MegatronModule):
             v_SBGH = gather_from_sequence_parallel_region(v_SBGH, group=self.context_parallel_group)
             causal_mask_ST = self._causal_mask(k_SBGH.shape[0], q_SBNH.device)
         q_BNSH, k_BGTH, v_BGTH = (x.permute(1, 2, 0, 3) for x in (q_SBNH, k_SBGH, v_SBGH))
-        context_BNSH = torch.nn.functional.scaled_dot_product_attention(
-            q_BNSH,
-            k_BGTH,
-            v_BGTH,
-            attn_mask=causal_mask_ST,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal_mask_ST is None,
-            scale=self.softmax_scale,
-            enable_gqa=q_BNSH.shape[1] != k_BGTH.shape[1],
-        )
+        dropout = self.dropout if self.training else 0.0
+        # Tensor-parallel ranks hold other heads, and must drop other entries of them.
+        with get_cuda_rng_tracker().fork() if dropout > 0.0 else nullcontext():
+            context_BNSH = torch.nn.functional.scaled_dot_product_attention(
+                q_BNSH,
+                k_BGTH,
+                v_BGTH,
+                attn_mask=causal_mask_ST,
+                dropout_p=dropout,
+                is_causal=causal_mask_ST is None,
+                scale=self.softmax_scale,
+                enable_gqa=q_BNSH.shape[1] != k_BGTH.shape[1],
+            )
         return context_BNSH.permute(2, 0, 1, 3).flatten(2)
 
     def _causal_mask(self, sequence_length: int, device: torch.device) -> torch.Tensor:

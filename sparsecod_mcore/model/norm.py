@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from sparsecod_mcore.errors import UserError
+
 
 class RMSNorm(torch.nn.Module):
     """y = w * x / sqrt(mean_d(x^2) + eps) over the last axis, computed in float32 (Zhang & Sennrich 2019).
@@ -13,10 +15,10 @@ class RMSNorm(torch.nn.Module):
     partial gradient of the weight: the attribute ``sequence_parallel`` asks Megatron to sum it over TP.
     """
 
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
-    ) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__()
+        if config.layernorm_zero_centered_gamma:
+            raise UserError("the local RMSNorm knows no layernorm_zero_centered_gamma; Transformer Engine's does")
         self.eps = eps
         weight_D = torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         self.weight = torch.nn.Parameter(weight_D)

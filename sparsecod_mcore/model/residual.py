@@ -28,7 +28,7 @@ class MeasuredResidualAdd(torch.nn.Module):
     """y = dropout(branch + bias) + residual; on measured steps its moments are accumulated in the same pass.
 
     Counted: training forwards that will have a backward, each microbatch once. Under full recomputation the first,
-    gradient-free forward is passed over and the recomputed one counts. An add bound to no layer (MTP) never measures.
+    gradient-free forward is passed over and the recomputed one counts. An add bound to no layer never measures.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class MeasuredResidualAdd(torch.nn.Module):
     def forward(self, training: bool, fused: bool) -> Add:
         """Megatron's protocol: return the function that adds. `fused` is moot, the add is one kernel anyway."""
         moments = None
-        if self._source is not None and training and torch.is_grad_enabled():
+        if self._source is not None and training:
             moments = self._source.moments(self._layer, self._add)
 
         def add(
@@ -54,23 +54,23 @@ class MeasuredResidualAdd(torch.nn.Module):
             if branch.dtype != residual.dtype:  # --fp32-residual-connection keeps the stream in float32
                 branch = branch.to(residual.dtype)
                 bias = None if bias is None else bias.to(residual.dtype)
+            if bias is not None:  # rounded before it is added, measured or not: measuring must not change training
+                branch = branch + bias
             if training and dropout > 0.0:
-                branch = branch if bias is None else branch + bias
-                branch, bias = torch.nn.functional.dropout(branch, p=dropout), None
-            if moments is not None:
-                return residual_add_moments(branch, residual, moments, bias)
-            return residual + (branch if bias is None else branch + bias)
+                branch = torch.nn.functional.dropout(branch, p=dropout)
+            # Under full recomputation Megatron enables gradients around the add in both forwards; what the branch
+            # carries tells them apart.
+            if moments is not None and branch.requires_grad and torch.is_grad_enabled():
+                return residual_add_moments(branch, residual, moments)
+            return residual + branch
 
         return add
 
 
-def bind_residual_adds(model_chunks: Sequence[MegatronModule], source: MomentsSource) -> int:
-    """Bind the residual adds of all decoder layers in `model_chunks` to `source`; return how many layers were bound."""
-    bound = 0
+def bind_residual_adds(model_chunks: Sequence[MegatronModule], source: MomentsSource) -> None:
+    """Bind the residual adds of all decoder layers in `model_chunks` to `source`."""
     for chunk in model_chunks:
         for layer in chunk.decoder.layers:
             assert isinstance(layer, TransformerLayer), type(layer)
             layer.self_attn_bda.bind(source, layer.layer_number - 1, ATTENTION_ADD)
             layer.mlp_bda.bind(source, layer.layer_number - 1, MLP_ADD)
-            bound += 1
-    return bound

@@ -3,7 +3,11 @@
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    LayerNormImpl,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
@@ -23,7 +27,7 @@ def measured_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> 
     local = transformer.transformer_impl == "local"
     if isinstance(spec, ModuleSpec):
         layers = [spec] * get_num_layers_to_build(transformer, vp_stage)
-        spec = TransformerBlockSubmodules(layer_specs=layers, layer_norm=None)
+        spec = TransformerBlockSubmodules(layer_specs=layers, layer_norm=LayerNormImpl)
         if not local:
             from megatron.core.extensions.transformer_engine import TENorm
 

@@ -40,6 +40,11 @@ class Monitor:
         """Let the residual adds of these model chunks measure into this monitor."""
         bind_residual_adds(model_chunks, self._buffer)
 
+    @property
+    def full(self) -> bool:
+        """Whether `collect` must be called before another step can be measured."""
+        return self._buffer.full
+
     def begin_step(self, iteration: int) -> None:
         """Called before the forward passes of `iteration` (counted from 1)."""
         if self.stats_interval and iteration % self.stats_interval == 0:

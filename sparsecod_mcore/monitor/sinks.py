@@ -39,13 +39,18 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """One W&B record per iteration; works offline (``WANDB_MODE=offline``) like the run it belongs to."""
+    """A W&B record per log interval; works offline (``WANDB_MODE=offline``) like the run it belongs to.
 
-    def __init__(self, wandb: Any) -> None:
+    W&B drops steps older than the newest it was given, and Megatron has given it every step up to the log interval.
+    """
+
+    def __init__(self, wandb: Any, log_interval: int) -> None:
         self._wandb = wandb
+        self._log_interval = log_interval
 
     def append(self, iteration: int, tokens: int, statistics: LayerStatistics) -> None:
-        self._wandb.log({"tokens": tokens, **variance_scalars(statistics)}, iteration)
+        if iteration % self._log_interval == 0:
+            self._wandb.log({"tokens": tokens, **variance_scalars(statistics)}, iteration)
 
     def flush(self) -> None:
         """W&B uploads on its own."""

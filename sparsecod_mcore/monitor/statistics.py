@@ -21,16 +21,16 @@ def layer_statistics(moments_LAM: torch.Tensor) -> LayerStatistics:
     """Name what one iteration's moments [L, A, M], summed over all ranks, say of each layer and stream.
 
     Per stream: token variance (Eq. 4), mean square of the token means, mean kurtosis and fourth central moment of a
-    token over the width, largest magnitude, count of non-finite values. For a sum y = h + f also Var(h) and Cov(h, f):
-    Var(y) = Var(h) + Var(f) + 2 Cov(h, f).
+    token over the width, largest magnitude, counts of non-finite values and of tokens. For a sum y = h + f also Var(h)
+    and Cov(h, f): Var(y) = Var(h) + Var(f) + 2 Cov(h, f).
     """
     statistics: LayerStatistics = {}
     for add in (ATTENTION_ADD, MLP_ADD):
         moments_ML = moments_LAM[:, add].T
         tokens_L = moments_ML[Moment.TOKENS]
 
-        def mean(moment: Moment, sums_ML: torch.Tensor = moments_ML, tokens: torch.Tensor = tokens_L) -> torch.Tensor:
-            return sums_ML[moment] / tokens
+        def mean(moment: Moment, moments_ML: torch.Tensor = moments_ML) -> torch.Tensor:
+            return moments_ML[moment] / moments_ML[Moment.TOKENS]
 
         for stream, operand in ((BRANCH_STREAM[add], "BRANCH"), (SUM_STREAM[add], "OUTPUT")):
             statistics[stream, "variance"] = mean(Moment[f"{operand}_VARIANCE"])
@@ -38,6 +38,7 @@ def layer_statistics(moments_LAM: torch.Tensor) -> LayerStatistics:
             statistics[stream, "fourth_moment"] = mean(Moment[f"{operand}_FOURTH_MOMENT"])
             statistics[stream, "kurtosis"] = mean(Moment[f"{operand}_KURTOSIS"])
             statistics[stream, "max"] = moments_ML[Moment[f"{operand}_MAX"]]
+            statistics[stream, "tokens"] = tokens_L
             statistics[stream, "non_finite"] = moments_ML[Moment[f"{operand}_NONFINITE"]]
         statistics[SUM_STREAM[add], "shortcut_variance"] = mean(Moment.RESIDUAL_VARIANCE)
         statistics[SUM_STREAM[add], "covariance"] = mean(Moment.COVARIANCE)

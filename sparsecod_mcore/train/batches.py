@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
@@ -23,7 +23,9 @@ def keys_of_stage(vp_stage: int | None) -> tuple[str, ...]:
     """What of a microbatch this pipeline stage (of this virtual stage) reads."""
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-    return (FIRST_STAGE_KEYS if first else ()) + (LAST_STAGE_KEYS if last else ())
+    # Multi-token prediction embeds tokens again behind the last layer.
+    reads_tokens = first or (last and get_args().mtp_num_layers)
+    return (FIRST_STAGE_KEYS if reads_tokens else ()) + (LAST_STAGE_KEYS if last else ())
 
 
 def get_batch(
@@ -107,7 +109,8 @@ def build_datasets(num_samples: tuple[int, int, int], vp_stage: int | None = Non
     def needed_here() -> bool:
         return parallel_state.get_tensor_model_parallel_rank() == 0 and bool(keys_of_stage(vp_stage))
 
-    return BlendedMegatronDatasetBuilder(GPTDataset, num_samples, needed_here, config).build()
+    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(dataset, num_samples, needed_here, config).build()
 
 
 # Every rank builds what it needs, rather than TP rank 0 alone on behalf of all.

@@ -1,24 +1,34 @@
 """Only whole checkpoints are resumed from: a damaged one is named and passed over for an older good one."""
 
+import hashlib
 import json
-import pickle
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME, verify_integrity_manifest
+from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
 from torch.distributed.checkpoint import FileSystemReader
 
-from sparsecod_mcore.errors import UserError
-
 TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to resume from: an iteration, or None where nothing was saved or Megatron is to judge."""
+
+    iteration: int | None
+    damaged: str | None = None  # one sentence about the newest damaged checkpoint
 
 
 def iteration_directory(directory: Path, iteration: int) -> Path:
     """Where Megatron keeps the checkpoint of `iteration`."""
     return directory / f"iter_{iteration:07d}"
+
+
+def tracked(directory: Path) -> str:
+    """What Megatron's tracker says is the latest checkpoint; empty where there is none."""
+    tracker = directory / TRACKER
+    return tracker.read_text().strip() if tracker.exists() else ""
 
 
 def finished_iterations(directory: Path) -> list[int]:
@@ -27,12 +37,9 @@ def finished_iterations(directory: Path) -> list[int]:
     Megatron writes the tracker last, so a folder newer than it is unfinished. A tracker that is itself damaged (its
     write is not atomic) says nothing; then Megatron's ``metadata.json``, written after the tensors, must be there.
     """
-    iterations = sorted(
-        (int(path.name.removeprefix("iter_")) for path in directory.glob("iter_*") if path.is_dir()),
-        reverse=True,
-    )
-    tracker = directory / TRACKER
-    latest = tracker.read_text().strip() if tracker.exists() else ""
+    found = (path.name.removeprefix("iter_") for path in directory.glob("iter_*") if path.is_dir())
+    iterations = sorted(map(int, filter(str.isdigit, found)), reverse=True)
+    latest = tracked(directory)
     if latest.isdigit():
         return [iteration for iteration in iterations if iteration <= int(latest)]
     return [i for i in iterations if (iteration_directory(directory, i) / "metadata.json").exists()]
@@ -41,69 +48,77 @@ def finished_iterations(directory: Path) -> list[int]:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file, or None.
 
-    With ``verify_integrity`` every file was hashed when it was saved and any changed byte is found; otherwise missing
-    and truncated files are. Every rank must call it: hashes are compared on rank 0 and the answer is broadcast.
+    With ``verify_integrity`` every file was hashed when it was saved, and any changed byte is found; otherwise missing
+    and truncated files are. Formats other than torch_dist are left to Megatron.
     """
     if (checkpoint / INTEGRITY_FNAME).exists():
-        try:
-            verify_integrity_manifest(str(checkpoint))
-        except CheckpointingException as error:
-            return _first_damaged_file(checkpoint, str(error))
-        except json.JSONDecodeError:
-            return f"{checkpoint / INTEGRITY_FNAME} is not readable"
+        return _changed_file(checkpoint)
+    if any(checkpoint.glob("mp_rank_*")):
         return None
-    return next(_size_mismatches(checkpoint), None)
+    return _cut_file(checkpoint)
 
 
-def _first_damaged_file(checkpoint: Path, report: str) -> str:
-    name, _, what = report.splitlines()[-1].strip().partition(": ")
-    return f"{checkpoint / name} has changed since it was saved ({what})"
-
-
-def _size_mismatches(checkpoint: Path) -> Iterator[str]:
-    if not (checkpoint / "metadata.json").exists():
-        yield f"{checkpoint / 'metadata.json'} is missing"
-        return
+def _changed_file(checkpoint: Path) -> str | None:
     try:
-        metadata = FileSystemReader(checkpoint).read_metadata()
-    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
-        yield f"{checkpoint / '.metadata'} is not readable ({error})"
-        return
-    needed: dict[str, int] = {}
-    for item in metadata.storage_data.values():
-        end = item.offset + item.length
-        needed[item.relative_path] = max(needed.get(item.relative_path, 0), end)
-    for name, size in sorted(needed.items()):
+        digests: dict[str, str] = json.loads((checkpoint / INTEGRITY_FNAME).read_text())["files"]
+    except (ValueError, KeyError):
+        return f"{checkpoint / INTEGRITY_FNAME} is not readable"
+    for name, expected in digests.items():
         path = checkpoint / name
-        if not path.exists():
-            yield f"{path} is missing"
-        elif path.stat().st_size < size:
-            yield f"{path} has {path.stat().st_size} bytes of {size}"
-
-
-def newest_whole_iteration(directory: Path) -> int | None:
-    """The iteration to resume from, or None when nothing was ever saved. Collective over all ranks.
-
-    Raises `UserError` when there are checkpoints and all are damaged: starting anew would overwrite them.
-    """
-    first_damage = None
-    for iteration in finished_iterations(directory):
-        found = damage(iteration_directory(directory, iteration))
-        if found is None:
-            if first_damage is not None and dist.get_rank() == 0:
-                print(f"warning: {first_damage}; going on from iteration {iteration} instead", flush=True)
-            return iteration
-        first_damage = first_damage or found
-    if first_damage is not None:
-        raise UserError(f"{first_damage}, and there is no older whole checkpoint in {directory}")
+        try:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror})"
+        if found != expected:
+            return f"{path} has changed since it was saved"
     return None
 
 
+def _cut_file(checkpoint: Path) -> str | None:
+    if not (checkpoint / "metadata.json").exists():
+        return f"{checkpoint / 'metadata.json'} is missing"
+    try:
+        metadata = FileSystemReader(checkpoint).read_metadata()
+    except Exception as error:  # damaged pickles fail in any way
+        return f"{checkpoint / '.metadata'} is not readable ({type(error).__name__})"
+    needed: dict[str, int] = {}
+    for item in metadata.storage_data.values():
+        needed[item.relative_path] = max(needed.get(item.relative_path, 0), item.offset + item.length)
+    for name, size in sorted(needed.items()):
+        path = checkpoint / name
+        if not path.exists():
+            return f"{path} is missing"
+        if path.stat().st_size < size:
+            return f"{path} has {path.stat().st_size} bytes of {size}"
+    return None
+
+
+def newest_whole(directory: Path) -> Choice:
+    """The newest whole checkpoint in `directory`, as this process sees it."""
+    first_damage = None
+    if tracked(directory) == "release":
+        return Choice(None)
+    for iteration in finished_iterations(directory):
+        found = damage(iteration_directory(directory, iteration))
+        if found is None:
+            return Choice(iteration, first_damage)
+        first_damage = first_damage or found
+    return Choice(None, first_damage)
+
+
+def agree_on_newest_whole(directory: Path) -> Choice:
+    """`newest_whole` as rank 0 sees it, on every rank. Collective: ranks may see a shared disk at different moments."""
+    answer = [newest_whole(directory) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(answer, src=0)
+    assert answer[0] is not None
+    return answer[0]
+
+
 def point_tracker_at(directory: Path, iteration: int) -> None:
-    """Make Megatron load `iteration`; rank 0 writes, all ranks wait for it."""
+    """Make `iteration` the checkpoint that Megatron takes for the latest; rank 0 writes, all ranks wait for it."""
     if dist.get_rank() == 0:
         temporary = directory / f"{TRACKER}.tmp"
         temporary.write_text(str(iteration))
         temporary.replace(directory / TRACKER)
     dist.barrier()
-    torch.cuda.synchronize()

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.training import get_tensorboard_writer, get_wandb_writer, training
 
+from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.monitor.monitor import Monitor
 from sparsecod_mcore.monitor.parquet import ParquetSink
 from sparsecod_mcore.monitor.sinks import Sink, TensorBoardSink, WandbSink
@@ -60,24 +61,32 @@ class TrainingHooks:
             setattr(training, hook.__name__, functools.partial(hook, original))
 
     def load_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Point Megatron at the newest whole checkpoint of the folder to load from."""
-        directory = Path(self.args.load)
-        if self.args.ckpt_step is None and directory.is_dir():
-            iteration = checkpoints.newest_whole_iteration(directory)
-            if iteration is not None:
-                checkpoints.point_tracker_at(directory, iteration)
-        return original(*args, **kwargs)
+        """Point Megatron at the newest whole checkpoint of the folder to load from.
+
+        A tracker that says otherwise is set right in the run's own folder, and left alone in others.
+        """
+        directory = Path(self.args.load or "")
+        if not self.args.load or self.args.ckpt_step is not None or not directory.is_dir():
+            return original(*args, **kwargs)
+        choice = checkpoints.agree_on_newest_whole(directory)
+        if choice.damaged is not None:
+            if choice.iteration is None:
+                raise UserError(f"{choice.damaged}, and there is no older whole checkpoint in {directory}")
+            if dist.get_rank() == 0:
+                self.say(f"warning: {choice.damaged}; going on from iteration {choice.iteration} instead")
+        if choice.iteration is not None and checkpoints.tracked(directory) != str(choice.iteration):
+            if self.args.load == self.args.save:
+                checkpoints.point_tracker_at(directory, choice.iteration)
+            else:
+                self.args.ckpt_step = choice.iteration
+        verify, self.args.verify_integrity = self.args.verify_integrity, False  # it has just been verified
+        result = original(*args, **kwargs)
+        self.args.verify_integrity, self.args.ckpt_step = verify, None
+        return result
 
     def open(self, iteration: int) -> None:
         """Open the sinks where `iteration` steps are done: what they hold of later steps is dropped."""
-        tokens_per_step = get_current_global_batch_size() * self.args.seq_length
-        self.throughput = Throughput(
-            flops_per_step=training.num_floating_point_operations(self.args, get_current_global_batch_size()),
-            tokens_per_step=tokens_per_step,
-            num_devices=self.args.world_size,
-            peak_flops=peak_flops(),
-        )
-        self.throughput.restart(iteration)
+        self.throughput = Throughput(num_devices=self.args.world_size, peak_flops=peak_flops())
         if not self.writes:
             return
         self.log = RunLog(self.run.log, iteration)
@@ -85,17 +94,23 @@ class TrainingHooks:
         if (writer := get_tensorboard_writer()) is not None:
             sinks.append(TensorBoardSink(writer))
         if (wandb := get_wandb_writer()) is not None:
-            sinks.append(WandbSink(wandb))
+            sinks.append(WandbSink(wandb, self.args.log_interval))
         self.monitor.sinks = sinks
 
     def train_step(self, original: Callable[..., Any], *args: Any, iteration: int, **kwargs: Any) -> Any:
         """Measure the step. Megatron counts the iterations that are done; this one is the next."""
         if self.throughput is None:
             self.open(iteration)
+        assert self.throughput is not None
+        if self.monitor.full:  # iterations that Megatron was told to skip are not logged
+            self.collect(iteration)
+        batch_size = get_current_global_batch_size()
         self.monitor.begin_step(iteration + 1)
         result = original(*args, iteration=iteration, **kwargs)
-        samples = self.args.consumed_train_samples + get_current_global_batch_size()
-        self.monitor.end_step(iteration + 1, samples * self.args.seq_length)
+        tokens = (self.args.consumed_train_samples + batch_size) * self.args.seq_length
+        self.monitor.end_step(iteration + 1, tokens)
+        flops = training.num_floating_point_operations(self.args, batch_size)
+        self.throughput.add_step(batch_size * self.args.seq_length, flops)
         return result
 
     def training_log(
@@ -121,7 +136,8 @@ class TrainingHooks:
             tokens = self.args.consumed_train_samples * self.args.seq_length
             step = {"iteration": iteration, "tokens": tokens, "loss": loss_dict.get("lm loss")}
             self.pending.append(step | {"learning_rate": learning_rate, "grad_norm": grad_norm})
-        if not skipped_iter and not self._is_finite(loss_dict, grad_norm):
+        # A loss scaler skips steps whose gradients overflow; their loss must be finite all the same.
+        if not self._is_finite(loss_dict, None if skipped_iter else grad_norm):
             self._stop_diverged(iteration, self.collect(iteration))
         if iteration % self.args.log_interval == 0:
             self.collect(iteration, show=True)
@@ -136,7 +152,7 @@ class TrainingHooks:
                 step["loss"] = None if step["loss"] is None else step["loss"].item()
                 step["last_layer_variance"] = last_layer_variance(collected, step["iteration"])
             if show:
-                self.pending[-1] |= self.throughput.measure(iteration)
+                self.pending[-1] |= self.throughput.measure()
                 self.say(training_line(self.pending[-1], self.args.train_iters))
             for step in self.pending:
                 self.log.append(step)
@@ -147,7 +163,7 @@ class TrainingHooks:
         """Whether the step's gradients are finite. A loss that is not makes their norm so, on every rank alike."""
         if grad_norm is not None:
             return math.isfinite(grad_norm)
-        loss = loss_dict.get("lm loss")  # without gradient clipping there is no norm, and the last stage must tell
+        loss = loss_dict.get("lm loss")  # where there is no norm, the last stage must tell
         bad = torch.zeros(1, device=torch.cuda.current_device())
         if loss is not None:
             bad += (~torch.isfinite(loss)).float().sum()
@@ -190,24 +206,31 @@ class TrainingHooks:
         on_test_set = "test" in prefix
         if iteration == self.evaluated_at and not on_test_set:
             return
+        if self.args.full_validation and isinstance(self.args.eval_iters, int):
+            # Upstream makes a number of its list of one length, and expects the list again the next time.
+            self.args.eval_iters = [self.args.eval_iters]
         began = time.perf_counter()
         original(prefix, forward_step, data_iterator, model, iteration, *args, **kwargs)
         self._not_training(began)
         if on_test_set:
             return
+        if self.throughput is None:  # the run was finished before, perhaps but for this
+            self.open(iteration)
         self.evaluated_at = iteration
         if self.writes and self.validation_loss is not None:
             loss = self.validation_loss.item()
             perplexity = math.exp(min(loss, 700.0))
             self.say(f"validation at step {iteration}: loss {loss:.4f}, perplexity {perplexity:.2f}")
-            if self.log is not None:
+            assert self.log is not None
+            if iteration not in self.log.validated:
                 record = {"validation_loss": loss, "validation_perplexity": perplexity}
                 self.log.append({"iteration": iteration} | record)
+                self.log.flush()
 
-    def save_checkpoint_and_time(
-        self, original: Callable[..., Any], iteration: int, *args: Any, **kwargs: Any
-    ) -> None:
-        """Everything up to a checkpoint is on disk before the checkpoint is."""
+    def save_checkpoint_and_time(self, original: Callable[..., Any], iteration: int, *args: Any, **kwargs: Any) -> None:
+        """Everything up to a checkpoint is on disk before the checkpoint is; a run that took no step saves none."""
+        if self.throughput is None:
+            return
         self.collect(iteration)
         self.finish()
         began = time.perf_counter()

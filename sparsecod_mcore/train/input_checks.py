@@ -3,7 +3,15 @@
 from argparse import Namespace
 from pathlib import Path
 
-from sparsecod_mcore.data import check_dataset, check_vocabulary, load_tokenizer, megatron_tokenizer_arguments
+from sparsecod_mcore.data import (
+    Manifest,
+    check_dataset,
+    check_vocabulary,
+    load_tokenizer,
+    manifest_path,
+    megatron_tokenizer_arguments,
+    read_manifest,
+)
 from sparsecod_mcore.errors import UserError
 
 
@@ -11,23 +19,39 @@ def fill_in_data(args: Namespace) -> None:
     """Turn ``cod.data`` and ``cod.tokenizer`` into Megatron's flags, where the user gave them."""
     if args.cod_data is not None:
         args.train_data_path = [f"{args.cod_data}_train"]
-        args.valid_data_path = [f"{args.cod_data}_valid"]
+        manifest = _manifest(args)
+        if manifest is None or "valid" in manifest.splits:
+            args.valid_data_path = [f"{args.cod_data}_valid"]
     if args.cod_tokenizer is not None:
-        for name, value in megatron_tokenizer_arguments(load_tokenizer(args.cod_tokenizer)).items():
+        tokenizer = load_tokenizer(args.cod_tokenizer, _eos_token(args))
+        for name, value in megatron_tokenizer_arguments(tokenizer).items():
             setattr(args, name, value)
+    if args.train_data_path is not None and args.valid_data_path is None:
+        args.eval_iters, args.full_validation = 0, False
+
+
+def _manifest(args: Namespace) -> Manifest | None:
+    return None if args.cod_data is None else read_manifest(manifest_path(f"{args.cod_data}_train"))
+
+
+def _eos_token(args: Namespace) -> str | None:
+    """The end-of-text token that the data was made with, where it says so."""
+    manifest = _manifest(args)
+    return None if manifest is None else manifest.origin["tokenizer"]["eos_token"]
 
 
 def check_data(args: Namespace) -> None:
     """Every dataset that training would read exists, is whole, and was made with the given tokenizer."""
     paths = [args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path]
     prefixes = [Path(word) for path in paths for word in path or () if not _is_number(word)]
-    if not prefixes and not args.mock_data:
+    elsewhere = args.mock_data or args.data_args_path or args.per_split_data_args_path
+    if not prefixes and not elsewhere:
         raise UserError("no training data is given; --cod-data PREFIX takes what tools/preprocess_data.py made")
     for prefix in prefixes:
         check_dataset(prefix)
         # Data that does not say what it was made with is read whole, by one process.
         if args.cod_tokenizer is not None and args.rank == 0:
-            check_vocabulary(prefix, args.cod_tokenizer)
+            check_vocabulary(prefix, args.cod_tokenizer, _eos_token(args))
 
 
 def _is_number(word: str) -> bool:
@@ -66,7 +90,14 @@ def check_layout(args: Namespace) -> None:
         )
     if args.num_experts is not None and tensor > 1 and not args.sequence_parallel:
         raise UserError("mixture of experts with tensor parallelism needs sequence_parallel: true")
-    if args.transformer_impl == "local" and args.reset_attention_mask:
+    if args.reset_attention_mask:
+        raise UserError("reset_attention_mask is not supported: attention is causal over the whole sequence")
+    if args.full_validation and (tensor > 1 or pipeline > 1):
         raise UserError(
-            "reset_attention_mask needs transformer_impl: transformer_engine; the local attention is causal only"
+            "full_validation works without tensor and pipeline parallelism only; eval_iters takes its place"
+        )
+    if args.cuda_graph_impl != "none" and args.cod_stats_interval:
+        raise UserError(
+            "CUDA graphs would replay the statistics of the step they were captured in; "
+            "give --cod-stats-interval 0 or --cuda-graph-impl none"
         )

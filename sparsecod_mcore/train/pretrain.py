@@ -1,5 +1,6 @@
 """``examples/pretrain_cod.py``: from a command line to a trained model, on Megatron's own training loop."""
 
+import multiprocessing
 import os
 import sys
 import time
@@ -22,7 +23,7 @@ from sparsecod_mcore.errors import EXIT_USER_ERROR, UserError
 from sparsecod_mcore.model.spec import measured_spec
 from sparsecod_mcore.monitor.monitor import Monitor
 from sparsecod_mcore.monitor.reduction import holds_replicated_tokens
-from sparsecod_mcore.train import input_checks, upstream
+from sparsecod_mcore.train import checkpoints, input_checks, upstream
 from sparsecod_mcore.train.batches import build_datasets, forward_step
 from sparsecod_mcore.train.hooks import TrainingDiverged, TrainingHooks
 from sparsecod_mcore.train.output import Say, megatron_output
@@ -51,7 +52,10 @@ def _leave(sentence: str, code: int) -> NoReturn:
         print(f"error: {sentence}", file=sys.stderr, flush=True)
     else:
         time.sleep(2.0)
+        print(f"error (rank {os.environ['RANK']}): {sentence}", file=sys.stderr, flush=True)
     sys.stdout.flush()
+    for child in multiprocessing.active_children():  # the checkpoint writer would outlive what follows
+        child.terminate()
     os._exit(code)  # threads of the process group may be waiting for ranks that are gone
 
 
@@ -62,8 +66,9 @@ def pretrain(argv: Sequence[str]) -> None:
     settings = config.explicit_settings(argv)
     run = RunDirectory(Path(args.cod_run_dir or f"runs/{Path(args.config or 'default').stem}"))
     for name, value in run.defaults().items():
-        if getattr(args, name) is None or getattr(args, name) == "":
+        if not getattr(args, name):
             setattr(args, name, value)
+    _prefer_own_checkpoint(args)
     input_checks.fill_in_data(args)
     input_checks.check_layout(args)
     input_checks.check_data(args)
@@ -84,6 +89,14 @@ def _parse(argv: Sequence[str]) -> Namespace:
         return parse_args(extra_args_provider=config.add_cod_arguments)
     finally:
         sys.argv = [program, *argv]
+
+
+def _prefer_own_checkpoint(args: Namespace) -> None:
+    """What a run has saved itself comes before what it started from, so that the same command goes on with it."""
+    args.load = args.load or args.save
+    if args.load != args.save and checkpoints.finished_iterations(Path(args.save)):
+        args.load, args.ckpt_step = args.save, None
+        args.finetune = args.no_load_optim = args.no_load_rng = False
 
 
 def _validate(args: Namespace) -> None:

@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +14,37 @@ from sparsecod_mcore.monitor.statistics import LayerStatistics
 
 @dataclass
 class Throughput:
-    """How fast training goes, averaged over the steps since the last look.
+    """How fast training goes, over the steps since the last look; `peak_flops` is one device's peak in FLOP/s."""
 
-    `flops_per_step` counts the model's FLOPs of a whole step (Megatron's formula), `peak_flops` one device's peak.
-    """
-
-    flops_per_step: float
-    tokens_per_step: int
     num_devices: int
     peak_flops: float | None
-    _since: float = 0.0
-    _iteration: int = 0
+    _since: float = field(default_factory=time.perf_counter)
+    _steps: int = 0
+    _tokens: int = 0
+    _flops: float = 0.0
 
-    def restart(self, iteration: int) -> None:
-        """Start counting after `iteration`; what passes outside training steps (evaluation, saving) is left out."""
-        self._since, self._iteration = time.perf_counter(), iteration
+    def add_step(self, tokens: int, flops: float) -> None:
+        """Count a step that trained on `tokens` and took `flops` floating-point operations on all devices."""
+        self._steps += 1
+        self._tokens += tokens
+        self._flops += flops
 
     def exclude(self, seconds: float) -> None:
         """Leave out `seconds` that were spent on something other than training."""
         self._since += seconds
 
-    def measure(self, iteration: int) -> dict[str, float | None]:
-        """Seconds per step, tokens/s, TFLOP/s and MFU (per device; None where the peak is unknown); restarts."""
-        seconds = (time.perf_counter() - self._since) / max(1, iteration - self._iteration)
-        self.restart(iteration)
-        flops = self.flops_per_step / seconds / self.num_devices
-        return {
-            "seconds_per_step": seconds,
-            "tokens_per_second": self.tokens_per_step / seconds,
+    def measure(self) -> dict[str, float | None]:
+        """Seconds per step, tokens/s, TFLOP/s and MFU (per device; None where the peak is unknown); starts anew."""
+        seconds = time.perf_counter() - self._since
+        flops = self._flops / seconds / self.num_devices
+        measured = {
+            "seconds_per_step": seconds / max(1, self._steps),
+            "tokens_per_second": self._tokens / seconds,
             "tflops_per_device": flops / 1e12,
             "mfu": None if self.peak_flops is None else flops / self.peak_flops,
         }
+        self._since, self._steps, self._tokens, self._flops = time.perf_counter(), 0, 0, 0.0
+        return measured
 
 
 class RunLog:
@@ -54,6 +54,8 @@ class RunLog:
         """Open the log, dropping records past `resume_iteration` and a half-written last line."""
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _whole_lines(path) if json.loads(line)["iteration"] <= resume_iteration]
+        records = map(json.loads, kept)
+        self.validated = {record["iteration"] for record in records if "validation_loss" in record}
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
         temporary.replace(path)

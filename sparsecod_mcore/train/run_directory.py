@@ -7,15 +7,16 @@ from typing import Any
 
 import yaml
 
+from sparsecod_mcore.config import read_config
 from sparsecod_mcore.errors import UserError
 
 # What may change when a run goes on: how it is spread over processes, logged, saved and stopped.
+OVERRIDE = "override_opt_param_scheduler"
 FREE_TO_CHANGE = (
+    OVERRIDE,
     "cod.run_dir",
     "cod.stats_interval",
-    "config",
-    "train_iters",
-    "train_samples",
+    "cod.verbose",
     "micro_batch_size",
     "num_workers",
     "distributed_backend",
@@ -27,13 +28,22 @@ FREE_TO_CHANGE = (
     "verify_integrity",
     "data_cache_path",
     "exit_*",
-    "save*",
+    "save_*",
     "load*",
     "no_load*",
     "no_save*",
     "ckpt_*",
     "dist_ckpt_*",
-    "async_save",
+    "async_*",
+    "use_persistent_ckpt_worker",
+    "finetune",
+    "pretrained_checkpoint",
+    "skip_train",
+    "full_validation",
+    "rerun_mode",
+    "ddp_*",
+    "nccl_*",
+    "num_dataset_builder_threads",
     "log_*",
     "no_log*",
     "eval_*",
@@ -66,7 +76,6 @@ class RunDirectory:
         """Megatron's output flags, for those that the user did not set."""
         return {
             "save": str(self.checkpoints),
-            "load": str(self.checkpoints),
             "tensorboard_dir": str(self.tensorboard),
             "wandb_save_dir": str(self.path),
             "data_cache_path": str(self.path / "cache"),
@@ -76,19 +85,21 @@ class RunDirectory:
         """Refuse `settings` (by key) that make another run than the one whose configuration is stored here."""
         if not self.config.exists():
             return
-        stored = _flatten(yaml.safe_load(self.config.read_text()) or {})
-        given = _flatten(nest(settings))
+        stored, given = _located(read_config(self.config)), _located(settings)
+        # Megatron keeps a schedule's length with its state, and lets it change only when told so.
+        free = FREE_TO_CHANGE + (("train_iters", "lr_decay_iters") if given.get(OVERRIDE) else ())
         changed = sorted(
             key
             for key in stored.keys() | given.keys()
-            if stored.get(key) != given.get(key) and not any(fnmatchcase(key, free) for free in FREE_TO_CHANGE)
+            if stored.get(key) != given.get(key) and not any(fnmatchcase(key, pattern) for pattern in free)
         )
         if changed:
             shown = ", ".join(f"{key} was {stored.get(key)!r} and is {given.get(key)!r}" for key in changed[:3])
+            hint = f" (--{OVERRIDE.replace('_', '-')} lets a run be prolonged)" if "train_iters" in changed else ""
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise UserError(
                 f"{self.path} belongs to a run with another configuration ({shown}{more}); "
-                "give the same configuration to go on with it, or another --cod-run-dir"
+                "give the same configuration to go on with it, or another --cod-run-dir" + hint
             )
 
     def claim(self, settings: dict[str, Any]) -> None:
@@ -106,6 +117,7 @@ def nest(settings: dict[str, Any]) -> dict[str, Any]:
     return megatron | ({"cod": own} if own else {})
 
 
-def _flatten(config: dict[str, Any]) -> dict[str, Any]:
-    own = config.pop("cod", {})
-    return config | {f"cod.{key}": value for key, value in own.items()}
+def _located(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the places of data and tokenizer absolute: the same, from wherever they are named."""
+    places = {key: os.path.abspath(settings[key]) for key in ("cod.data", "cod.tokenizer") if key in settings}
+    return settings | places

@@ -104,16 +104,26 @@ def command(run: Path, config: Path, data: "Data", *flags: object, processes: in
     return [*launcher, *program, *map(str, [*arguments, data.tokenizer, *flags])]
 
 
-def environment() -> dict[str, str]:
+def environment(wandb: bool = False) -> dict[str, str]:
     """One thread a process, so that sums inside one do not depend on how many share the machine."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    hidden = [] if wandb else [str(Path(__file__).parent / "without_wandb")]
+    paths = os.pathsep.join([*hidden, str(REPOSITORY)])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "WANDB_MODE": "offline"}
 
 
-def train(run: Path, config: Path, data: "Data", *flags: object, processes: int = 1, ok: bool = True) -> Job:
+def train(
+    run: Path,
+    config: Path,
+    data: "Data",
+    *flags: object,
+    processes: int = 1,
+    ok: bool = True,
+    wandb: bool = False,
+) -> Job:
     """Run a training job to its end."""
     done = subprocess.run(
         command(run, config, data, *flags, processes=processes),
-        env=environment(),
+        env=environment(wandb),
         capture_output=True,
         text=True,
         timeout=300,

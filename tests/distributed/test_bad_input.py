@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sparsecod_mcore.data import FileCorpus, train_tokenizer
 from tests.distributed.jobs import Data, train
 
 pytestmark = pytest.mark.distributed
@@ -52,10 +53,12 @@ def test_no_data(tmp_path: Path, dense_config: Path, data: Data) -> None:
 
 
 def test_another_tokenizer(tmp_path: Path, dense_config: Path, data: Data) -> None:
-    other = tmp_path / "tokenizer.json"
-    other.write_text(data.tokenizer.read_text().replace("Ġthe", "Ġthx"))
+    other, broken = tmp_path / "tokenizer.json", tmp_path / "broken.json"
+    train_tokenizer(FileCorpus([__file__]), other, 300)
     said = complaint(tmp_path / "run", dense_config, Data(data.prefix, other))
     assert str(other) in said and "docs_train" in said
+    broken.write_text(data.tokenizer.read_text().replace("Ġthe", "Ġthx"))
+    assert str(broken) in complaint(tmp_path / "run", dense_config, Data(data.prefix, broken))
 
 
 def test_heads_not_divisible(tmp_path: Path, dense_config: Path, data: Data) -> None:
@@ -76,12 +79,14 @@ def test_what_megatron_refuses(tmp_path: Path, dense_config: Path, data: Data) -
 
 def test_folder_of_another_run(tmp_path: Path, dense_config: Path, data: Data) -> None:
     run = tmp_path / "run"
-    first = train(run, dense_config, data, "--train-iters", 4)
+    decay = ("--lr-decay-iters", 6)
+    first = train(run, dense_config, data, *decay, "--train-iters", 4)
     config = (run / "config.yaml").read_text()
-    said = complaint(run, dense_config, data, "--train-iters", 4, "--lr", 2e-3)
+    said = complaint(run, dense_config, data, *decay, "--train-iters", 4, "--lr", 2e-3)
     assert str(run) in said and "lr was 0.001 and is 0.002" in said
     assert (run / "config.yaml").read_text() == config
-    longer = train(run, dense_config, data, "--train-iters", 6, "--log-interval", 1)
+    prolonged = ("--train-iters", 6, "--override-opt-param-scheduler", "--log-interval", 1)
+    longer = train(run, dense_config, data, *decay, *prolonged)
     assert sorted(longer.losses()) == [1, 2, 3, 4, 5, 6]
     assert {i: loss for i, loss in longer.losses().items() if i <= 4} == first.losses()
 

@@ -54,6 +54,7 @@ def moments(x_TD: np.ndarray) -> dict[str, float]:
         "fourth_moment": fourth_T.mean(),
         "kurtosis": (fourth_T / variance_T**2).mean(),
         "max": np.abs(x_TD).max(),
+        "tokens": len(x_TD),
         "non_finite": (~np.isfinite(x_TD)).sum(),
     }
 

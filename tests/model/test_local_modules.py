@@ -15,7 +15,9 @@ from sparsecod_mcore.model.norm import RMSNorm  # noqa: E402
 
 
 def test_rms_norm_against_float64() -> None:
-    config: Any = SimpleNamespace(params_dtype=torch.float32, sequence_parallel=True)
+    config: Any = SimpleNamespace(
+        params_dtype=torch.float32, sequence_parallel=True, layernorm_zero_centered_gamma=False
+    )
     norm = RMSNorm(config, 40, eps=1e-6)
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(7, 3, 40) * 10 + 5

@@ -60,11 +60,21 @@ def test_what_does_not_count(add: MeasuredResidualAdd, buffer: MomentsBuffer) ->
 def test_recomputation_counts_once(add: MeasuredResidualAdd, buffer: MomentsBuffer) -> None:
     branch, residual, _ = operands()
 
-    def layer(branch: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return add(True, False)((branch, None), residual, 0.0)
+    def layer(hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        branch = torch.tanh(hidden)
+        with torch.enable_grad():  # as Megatron has it around its adds
+            return add(True, False)((branch, None), residual, 0.0)
 
     checkpoint(layer, branch, residual, use_reentrant=True).sum().backward()
     assert tokens(buffer) == S * B
+
+
+def test_measuring_does_not_change_what_is_added(add: MeasuredResidualAdd, buffer: MomentsBuffer) -> None:
+    branch, residual, bias = operands(torch.bfloat16)
+    measured = add(True, False)((branch, bias), residual, 0.0)
+    assert tokens(buffer) == S * B
+    buffer.end()
+    assert torch.equal(add(True, False)((branch, bias), residual, 0.0), measured)
 
 
 def test_dropout_is_measured_as_added(add: MeasuredResidualAdd, buffer: MomentsBuffer) -> None:

@@ -21,7 +21,7 @@ def claimed(path: Path) -> RunDirectory:
     "change",
     [
         {},
-        {"train_iters": 20, "log_interval": 5},
+        {"log_interval": 5, "save_interval": 7},
         {"tensor_model_parallel_size": 2, "sequence_parallel": True},
         {"cod.stats_interval": 7, "cod.run_dir": "elsewhere", "save_interval": 3},
     ],
@@ -37,6 +37,12 @@ def test_what_makes_another_run(change: dict, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=next(iter(change)).replace(".", r"\.")):
         run.check(SETTINGS | change)
     assert run.config.read_text() == before
+
+
+def test_a_run_may_be_prolonged_when_its_schedule_is_overridden(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train_iters was 10 and is 20"):
+        claimed(tmp_path).check(SETTINGS | {"train_iters": 20})
+    claimed(tmp_path).check(SETTINGS | {"train_iters": 20, "override_opt_param_scheduler": True})
 
 
 def test_something_left_out_makes_another_run(tmp_path: Path) -> None:
