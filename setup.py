@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent
 
 def files(*patterns: str) -> list[str]:
     """Return the files under csrc/ that match, relative to this file as setuptools wants them."""
-    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(f"csrc/{pattern}"))
+    paths = (path for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
+    return sorted(str(path.relative_to(ROOT)) for path in paths)
 
 
 extension = CppExtension(
@@ -18,14 +19,14 @@ extension = CppExtension(
     sources=files("cpu/*.cpp", "bindings/*.cpp"),
     depends=files("**/*.h"),
     extra_compile_args=[
-        "-O3",
         "-std=c++17",
-        "-fopenmp",  # not linked: at::parallel_for is to use the runtime, and so the threads, that PyTorch has loaded
+        "-O3",
         "-g0",
-        "-Wno-psabi",  # lanes never cross a function that is not inlined
         "-fno-math-errno",
         "-fno-trapping-math",
+        "-fopenmp",  # not linked: at::parallel_for is to use the OpenMP, and so the threads, of PyTorch
         "-Wall",
+        "-Wno-psabi",  # vectors never cross a call, so their calling convention does not matter
     ],
 )
 

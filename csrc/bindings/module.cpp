@@ -1,0 +1,22 @@
+// sparsecod_mcore._C: loading it registers the operators of the namespace `sparsecod`.
+
+#include <torch/csrc/utils/pybind.h>
+
+#include <array>
+#include <string_view>
+
+#include "../common/moments.h"
+#include "residual_add_moments.h"
+
+namespace {
+
+#define SPARSECOD_NAME(name) #name,
+constexpr std::array<std::string_view, sparsecod::NUM_MOMENTS> MOMENT_NAMES = {SPARSECOD_MOMENTS(SPARSECOD_NAME)};
+#undef SPARSECOD_NAME
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("MOMENT_NAMES") = pybind11::cast(MOMENT_NAMES);
+  m.def("check_residual_add_moments", &sparsecod::check_residual_add_moments);
+}

@@ -1,0 +1,13 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace sparsecod {
+
+// Raises ValueError with the argument's name, what was given and what is accepted.
+void check_residual_add_moments(const at::Tensor& branch, const at::Tensor& residual,
+                                const std::optional<at::Tensor>& bias, const at::Tensor& moments);
+
+}  // namespace sparsecod

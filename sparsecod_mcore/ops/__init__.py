@@ -1,0 +1,20 @@
+"""Operators of the namespace `sparsecod`: each a compiled kernel, and beside it the same in plain PyTorch."""
+
+import torch  # noqa: F401  the extension links to its libraries
+
+try:
+    import sparsecod_mcore._C  # noqa: F401  registers the operators
+except ImportError as error:
+    raise ImportError(
+        f"the compiled operators of sparsecod_mcore do not load ({error}): build them with `make build`, "
+        "or with `python setup.py build_ext --inplace` in the source tree"
+    ) from error
+
+from sparsecod_mcore.ops.residual_add_moments import (
+    NUM_MOMENTS,
+    Moment,
+    residual_add_moments,
+    residual_add_moments_reference,
+)
+
+__all__ = ["NUM_MOMENTS", "Moment", "residual_add_moments", "residual_add_moments_reference"]
