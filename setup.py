@@ -30,4 +30,13 @@ extension = CppExtension(
     ],
 )
 
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})
+
+class IncrementalBuild(BuildExtension):
+    """Keeps objects where editable installs find them again, so that only what changed is compiled."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.build_temp = str(ROOT / "build")
+
+
+setup(ext_modules=[extension], cmdclass={"build_ext": IncrementalBuild})

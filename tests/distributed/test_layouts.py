@@ -33,7 +33,13 @@ MOE_LAYOUTS = {
     "ep2_distributed_optimizer": (2, EP2 + DISTRIBUTED_OPTIMIZER),
     "ep2_tp2_sp": (4, (*EP2, *TP2, *SP, "--expert-tensor-parallel-size", 1)),
 }
+# Beyond what is needed to trust the others; `make test-slow` runs them.
+SLOW = {"pp2_interleaved", "cp2", "tp2_sp_recompute", "ep2_distributed_optimizer", "ep2_tp2_sp"}
 TOLERANCE = 1e-4
+
+
+def marked(layouts: dict[str, tuple]) -> list:
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in layouts]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +54,7 @@ def moe(tmp_path_factory: pytest.TempPathFactory, moe_config: Path, data: Data, 
     return train(tmp_path_factory.mktemp("moe"), moe_config, data, *moe_start)
 
 
-@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("layout", marked(DENSE_LAYOUTS))
 def test_dense(layout: str, dense: Job, tmp_path: Path, dense_config: Path, data: Data, dense_start: tuple) -> None:
     processes, flags = DENSE_LAYOUTS[layout]
     job = train(tmp_path, dense_config, data, *dense_start, *flags, processes=processes)
@@ -56,7 +62,7 @@ def test_dense(layout: str, dense: Job, tmp_path: Path, dense_config: Path, data
     assert_same_statistics(job, dense, TOLERANCE)
 
 
-@pytest.mark.parametrize("layout", MOE_LAYOUTS)
+@pytest.mark.parametrize("layout", marked(MOE_LAYOUTS))
 def test_moe(layout: str, moe: Job, tmp_path: Path, moe_config: Path, data: Data, moe_start: tuple) -> None:
     processes, flags = MOE_LAYOUTS[layout]
     job = train(tmp_path, moe_config, data, *moe_start, *flags, processes=processes)
