@@ -21,6 +21,7 @@ namespace {
 // count.
 constexpr int64_t ELEMENTS_PER_BLOCK = 8192;
 constexpr int64_t MAX_BLOCKS = 512;
+constexpr int64_t BLOCKS_PER_THREAD = 2;  // fewer are not worth waking a thread
 // How many numbers a lane adds up in float32 before the sum goes to float64. Until then, what is small against an
 // outlier is lost.
 constexpr int64_t PACKS_PER_RUN = 32;
@@ -214,7 +215,7 @@ void add_moments(double* moments, const Rows<T>& rows, int64_t count) {
   static const AddRows<T> add_rows = best_add_rows<T>();
   const int64_t rows_per_block = std::max(at::divup(ELEMENTS_PER_BLOCK, rows.width), at::divup(count, MAX_BLOCKS));
   std::vector<std::array<double, NUM_MOMENTS>> blocks(at::divup(count, rows_per_block));
-  at::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, blocks.size(), BLOCKS_PER_THREAD, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t row = block * rows_per_block;
       blocks[block].fill(0);

@@ -53,6 +53,7 @@ class Moment(IntEnum):
 
 
 NUM_MOMENTS = len(Moment)
+_OPERATOR = torch.ops.sparsecod.residual_add_moments.default
 _MAXIMA = slice(Moment.BRANCH_MAX, Moment.OUTPUT_MAX + 1, Moment.RESIDUAL_MAX - Moment.BRANCH_MAX)
 
 
@@ -75,7 +76,7 @@ def residual_add_moments(branch: Tensor, residual: Tensor, moments: Tensor, bias
     Raises:
         ValueError: names the argument that does not fit, what was given and what is accepted.
     """
-    return torch.ops.sparsecod.residual_add_moments.default(branch, residual, bias, moments)
+    return _OPERATOR(branch, residual, bias, moments)
 
 
 def residual_add_moments_reference(
@@ -91,7 +92,7 @@ def residual_add_moments_reference(
     if y.numel() > 0:
         with torch.no_grad():
             _accumulate(moments, *(x.reshape(-1, x.shape[-1]) for x in (f, h, y)))
-    return y.to(branch.dtype)
+    return y.to(branch.dtype).contiguous()
 
 
 def _accumulate(moments: Tensor, *operands_ND: Tensor) -> None:
@@ -103,8 +104,8 @@ def _accumulate(moments: Tensor, *operands_ND: Tensor) -> None:
         mean_N1 = lowest_N1.where(lowest_N1 == highest_N1, x_ND.mean(-1, keepdim=True))
         mean_N1 = mean_N1.where(finite_ND.all(-1, keepdim=True), torch.nan)
         distance_ND = x_ND - mean_N1
-        square_ND = distance_ND.square()
-        variance_N, fourth_N = square_ND.mean(-1), square_ND.square().mean(-1)
+        square_ND = distance_ND * distance_ND
+        variance_N, fourth_N = square_ND.mean(-1), (square_ND * square_ND).mean(-1)
         kurtosis_N = (fourth_N / variance_N.square()).where(variance_N != 0, 0)
         per_token_N = (variance_N, mean_N1.square(), fourth_N, kurtosis_N)
         sums += [x_N.sum(dtype=torch.float64) for x_N in per_token_N]

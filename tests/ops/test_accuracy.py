@@ -10,9 +10,9 @@ from tests.ops import oracle
 from tests.ops.oracle import Case
 
 # rows -> how often random numbers are drawn: few numbers may round well or badly by chance, so the worst draws compare.
-DRAWS = {1: 8, 5: 4, 97: 1, 123: 1, 1025: 1}
+DRAWS = {1: 6, 5: 3, 97: 1, 123: 1, 1025: 1}
 WIDTHS = (1, 59, 96, 1120, 2048, 8192)
-MAX_ELEMENTS = 150_000  # larger products would add nothing but time
+MAX_ELEMENTS = 100_000  # larger products would add nothing but time
 ROUNDING = 4 * torch.finfo(torch.float32).eps
 
 

@@ -50,6 +50,8 @@ def test_any_shape_layout_and_dtype(shape, dtype, branch_layout, residual_layout
     assert output.is_contiguous() and output.dtype == dtype
     assert torch.equal(output, oracle.output(case).to(dtype))
     assert oracle.error(moments, oracle.moments(case)).max() < 1e-5
+    reference_output = residual_add_moments_reference(case.branch, case.residual, oracle.no_moments(), case.bias)
+    assert reference_output.is_contiguous() and torch.equal(reference_output, output)
 
 
 def test_calls_add_to_the_moments_and_maxima_grow():
