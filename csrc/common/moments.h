@@ -1,10 +1,10 @@
 // Moments of the residual add: the maths of one row, that is one token's D columns, for CPU and CUDA kernels.
 //
-// Accumulators are generic over V, which is float or double in a CUDA thread and a vector of lanes on the
-// CPU. They use operators and ?: only, which compilers give to scalars and to vectors alike.
+// Accumulators are generic over V, which is float or double in a CUDA thread and a vector of lanes on the CPU. They use
+// operators and ?: only, which compilers give to scalars and to vectors alike.
 //
-// A row is read twice while it is in cache: first its sums and range, then powers of the distances to its
-// mean. Raw power sums would lose every digit where the mean is large against the spread.
+// A row is read twice while it is in cache: first for its sums and largest magnitudes, then for powers of the distances
+// to its mean. Raw power sums would lose every digit where the mean is large against the spread.
 
 #pragma once
 
@@ -87,7 +87,7 @@ struct RowSums {
   }
 };
 
-// First sweep over any row.
+// First sweep over any row. Counts elements that are not finite.
 struct CheckedRowSums {
   double sum[NUM_OPERANDS], nonfinite[NUM_OPERANDS];
   double lowest[NUM_OPERANDS], highest[NUM_OPERANDS];  // among finite elements
@@ -121,8 +121,7 @@ struct CheckedRowSums {
   }
 };
 
-// Second sweep: sums of (x - mean)^2 and (x - mean)^4, and of the product of branch's and residual's
-// distances.
+// Second sweep: sums of (x - mean)^2 and (x - mean)^4, and of the product of branch's and residual's distances.
 template <typename V>
 struct RowPowers {
   V mean[NUM_OPERANDS];
