@@ -7,6 +7,9 @@ EXTENSION_SOURCES := setup.py $(shell find csrc -type f)
 CORPUS :=
 TOKENIZER :=
 
+# Tests at a time. Each may start a job of four processes.
+TEST_JOBS := 2
+
 .PHONY: help demo test test-slow check build clean
 
 help:
@@ -21,7 +24,7 @@ demo: build
 	$(PYTHON) tools/demo.py $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)")
 
 test: build
-	$(PYTHON) -m pytest -q -m "not slow" --durations=10
+	$(PYTHON) -m pytest -q -n $(TEST_JOBS) --dist worksteal -m "not slow" --durations=10
 
 test-slow: build
 	$(PYTHON) -m pytest -q -m slow --durations=10
