@@ -1,11 +1,31 @@
-"""Builds the extension `sparsecod_mcore._C`; everything else about the package stands in pyproject.toml."""
+"""Builds the extension `sparsecod_mcore._C`; everything else about the package stands in pyproject.toml.
 
+SPARSECOD_CUDA=auto|on|off   CUDA kernels where nvcc and a CUDA build of torch are found (auto), or must be (on)
+SPARSECOD_CUDA_ARCH=90a      architectures to compile for, separated by semicolons: 80 Ampere, 90a Hopper, 100 Blackwell
+"""
+
+import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
+import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent
+CXX_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",  # not linked: at::parallel_for is to use the OpenMP, and so the threads, of PyTorch
+    "-Wall",
+    "-Wno-psabi",  # vectors never cross a call, so their calling convention does not matter
+]
+NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr"]
 
 
 def files(*patterns: str) -> list[str]:
@@ -14,24 +34,63 @@ def files(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in paths)
 
 
-extension = CppExtension(
-    "sparsecod_mcore._C",
-    sources=files("cpu/*.cpp", "bindings/*.cpp"),
-    depends=files("**/*.h"),
-    extra_compile_args=[
-        "-std=c++17",
-        "-O3",
-        "-g0",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-fopenmp",  # not linked: at::parallel_for is to use the OpenMP, and so the threads, of PyTorch
-        "-Wall",
-        "-Wno-psabi",  # vectors never cross a call, so their calling convention does not matter
-    ],
-)
+def cuda_home() -> str | None:
+    """Return the root of the CUDA toolkit whose nvcc is found, be that a wrapper elsewhere, or None."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which(str(Path(home) / "bin" / "nvcc") if home else "nvcc")
+    if nvcc is None:
+        return None
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+    return str(Path(top[1]).resolve()) if top else None
 
 
-class IncrementalBuild(BuildExtension):
+def why_no_cuda() -> str | None:
+    """Return what stands in the way of CUDA kernels, or None."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    home = cuda_home()
+    if home is None:
+        return "nvcc is neither on PATH nor under CUDA_HOME"
+    told = subprocess.run([str(Path(home) / "bin" / "nvcc"), "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.", told)
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is of CUDA {release[1] if release else '?'}, torch {torch.__version__} of {torch.version.cuda}"
+    return None
+
+
+def with_cuda() -> bool:
+    wanted = os.environ.get("SPARSECOD_CUDA", "auto")
+    if wanted not in ("auto", "on", "off"):
+        raise SystemExit(f"error: SPARSECOD_CUDA is {wanted!r}, but must be auto, on or off")
+    if wanted == "off":
+        return False
+    obstacle = why_no_cuda()
+    if obstacle and wanted == "on":
+        raise SystemExit(f"error: SPARSECOD_CUDA is on, but {obstacle}")
+    print(f"sparsecod_mcore: building without CUDA kernels, for {obstacle}" if obstacle else "with CUDA kernels")
+    return obstacle is None
+
+
+def extension() -> cpp_extension.CppExtension:
+    sources, headers = files("cpu/*.cpp", "bindings/*.cpp"), files("**/*.h")
+    if not with_cuda():
+        return cpp_extension.CppExtension(
+            "sparsecod_mcore._C", sources=sources, depends=headers, extra_compile_args=CXX_FLAGS
+        )
+    cpp_extension.CUDA_HOME = cuda_home()
+    architectures = os.environ.get("SPARSECOD_CUDA_ARCH", "90a").split(";")
+    generate = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
+    return cpp_extension.CUDAExtension(
+        "sparsecod_mcore._C",
+        sources=[*sources, *files("cuda/*.cu")],
+        depends=headers,
+        define_macros=[("SPARSECOD_CUDA", "1")],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": [*NVCC_FLAGS, *generate]},
+    )
+
+
+class IncrementalBuild(cpp_extension.BuildExtension):
     """Keeps objects where editable installs find them again, so that only what changed is compiled."""
 
     def finalize_options(self) -> None:
@@ -39,4 +98,4 @@ class IncrementalBuild(BuildExtension):
         self.build_temp = str(ROOT / "build")
 
 
-setup(ext_modules=[extension], cmdclass={"build_ext": IncrementalBuild})
+setup(ext_modules=[extension()], cmdclass={"build_ext": IncrementalBuild})

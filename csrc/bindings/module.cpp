@@ -17,6 +17,11 @@ constexpr std::array<std::string_view, sparsecod::NUM_MOMENTS> MOMENT_NAMES = {S
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+#if defined(SPARSECOD_CUDA)
+  m.attr("HAS_CUDA") = true;
+#else
+  m.attr("HAS_CUDA") = false;
+#endif
   m.attr("MOMENT_NAMES") = pybind11::cast(MOMENT_NAMES);
   m.def("check_residual_add_moments", &sparsecod::check_residual_add_moments);
 }

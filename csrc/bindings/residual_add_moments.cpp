@@ -15,36 +15,21 @@
 
 #include "../common/moments.h"
 #include "../cpu/operators.h"
+#include "checks.h"
 
 namespace sparsecod {
 
-namespace {
-
-std::string name(at::ScalarType dtype) { return c10::getDtypeNames(dtype).first; }
-
-void check_like_branch(const char* argument, const at::Tensor& given, const at::Tensor& branch) {
-  TORCH_CHECK_VALUE(given.scalar_type() == branch.scalar_type(), argument, " is ", name(given.scalar_type()),
-                    ", but must have branch's dtype ", name(branch.scalar_type()));
-  TORCH_CHECK_VALUE(given.device() == branch.device(), argument, " is on ", given.device(),
-                    ", but must be on branch's device ", branch.device());
-}
-
-}  // namespace
-
 void check_residual_add_moments(const at::Tensor& branch, const at::Tensor& residual,
                                 const std::optional<at::Tensor>& bias, const at::Tensor& moments) {
-  const at::ScalarType dtype = branch.scalar_type();
-  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
-                    "branch is ", name(dtype), ", but must be float32, bfloat16, float16 or float64");
+  check_floating("branch", branch);
   TORCH_CHECK_VALUE(branch.dim() > 0, "branch has shape [], but must have shape [..., D]");
-  TORCH_CHECK_VALUE(residual.sym_sizes() == branch.sym_sizes(), "residual has shape ", residual.sym_sizes(),
-                    ", but must have branch's shape ", branch.sym_sizes());
-  check_like_branch("residual", residual, branch);
+  check_same_shape("residual", residual, "branch", branch);
+  check_like("residual", residual, "branch", branch);
   if (bias) {
     const c10::SymInt width = branch.sym_size(-1);
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->sym_size(0) == width, "bias has shape ", bias->sym_sizes(),
                       ", but must have shape [", width, "], branch's last dimension");
-    check_like_branch("bias", *bias, branch);
+    check_like("bias", *bias, "branch", branch);
   }
   TORCH_CHECK_VALUE(moments.dim() == 1 && moments.sym_size(0) == NUM_MOMENTS, "moments has shape ", moments.sym_sizes(),
                     ", but must have shape [", static_cast<int>(NUM_MOMENTS), "]");

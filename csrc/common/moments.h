@@ -11,11 +11,7 @@
 #include <limits>
 #include <type_traits>
 
-#if defined(__CUDACC__)
-#define SPARSECOD_HOST_DEVICE __host__ __device__ __forceinline__
-#else  // lanes wider than the baseline's registers must not cross a call
-#define SPARSECOD_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "host_device.h"
 
 // clang-format off
 #define SPARSECOD_OPERAND_MOMENTS(X, OPERAND) \

@@ -16,5 +16,13 @@ from sparsecod_mcore.ops.residual_add_moments import (
     residual_add_moments,
     residual_add_moments_reference,
 )
+from sparsecod_mcore.ops.swiglu_jvp import swiglu_jvp, swiglu_jvp_reference
 
-__all__ = ["NUM_MOMENTS", "Moment", "residual_add_moments", "residual_add_moments_reference"]
+__all__ = [
+    "NUM_MOMENTS",
+    "Moment",
+    "residual_add_moments",
+    "residual_add_moments_reference",
+    "swiglu_jvp",
+    "swiglu_jvp_reference",
+]

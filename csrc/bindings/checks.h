@@ -1,0 +1,51 @@
+// What bindings say of arguments that do not fit: the argument, what was given, what is accepted. A ValueError in Python.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <initializer_list>
+#include <string>
+
+namespace sparsecod {
+
+inline std::string name(at::ScalarType dtype) { return c10::getDtypeNames(dtype).first; }
+
+// float32, bfloat16, float16, and on CPU float64.
+inline void check_floating(const char* argument, const at::Tensor& given) {
+  const at::ScalarType dtype = given.scalar_type();
+  const bool reduced = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+  if (given.is_cuda()) {
+    TORCH_CHECK_VALUE(reduced, argument, " is ", name(dtype), ", but must be float32, bfloat16 or float16 on ",
+                      given.device());
+  }
+  TORCH_CHECK_VALUE(reduced || dtype == at::kDouble, argument, " is ", name(dtype),
+                    ", but must be float32, bfloat16, float16 or float64");
+}
+
+inline void check_dtype(const char* argument, const at::Tensor& given, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(given.scalar_type() == dtype, argument, " is ", name(given.scalar_type()), ", but must be ",
+                    name(dtype));
+}
+
+// The shape of `given` is `shape`, which in words is `meaning`.
+inline void check_shape(const char* argument, const at::Tensor& given, c10::SymIntArrayRef shape,
+                        const std::string& meaning) {
+  TORCH_CHECK_VALUE(given.sym_sizes() == shape, argument, " has shape ", given.sym_sizes(), ", but must have ", meaning,
+                    shape);
+}
+
+inline void check_like(const char* argument, const at::Tensor& given, const char* model_name, const at::Tensor& model) {
+  TORCH_CHECK_VALUE(given.scalar_type() == model.scalar_type(), argument, " is ", name(given.scalar_type()),
+                    ", but must have ", model_name, "'s dtype ", name(model.scalar_type()));
+  TORCH_CHECK_VALUE(given.device() == model.device(), argument, " is on ", given.device(), ", but must be on ",
+                    model_name, "'s device ", model.device());
+}
+
+inline void check_same_shape(const char* argument, const at::Tensor& given, const char* model_name,
+                             const at::Tensor& model) {
+  check_shape(argument, given, model.sym_sizes(), std::string(model_name) + "'s shape ");
+}
+
+}  // namespace sparsecod
