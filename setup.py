@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import torch
-from setuptools import setup
+from setuptools import Extension, setup
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent
@@ -72,7 +72,7 @@ def with_cuda() -> bool:
     return obstacle is None
 
 
-def extension() -> cpp_extension.CppExtension:
+def extension() -> Extension:
     sources, headers = files("cpu/*.cpp", "bindings/*.cpp"), files("**/*.h")
     if not with_cuda():
         return cpp_extension.CppExtension(
