@@ -18,7 +18,7 @@
   })
 // One per kernel: `name` is a reference to a Type that the threads of a block share. It starts as garbage.
 #define SPARSECOD_SHARED(Type, name) \
-  Type& name = *static_cast<Type*>(::sparsecod::emulator::static_shared(sizeof(Type)))
+  Type& name = *static_cast<Type*>(::sparsecod::emulator::static_shared(sizeof(Type), __LINE__))
 // One per kernel: `name` points to the bytes asked for at the launch, aligned to 1024.
 #define SPARSECOD_DYNAMIC_SHARED(name) \
   unsigned char* const name = static_cast<unsigned char*>(::sparsecod::emulator::dynamic_shared())

@@ -53,7 +53,7 @@ void multiply(FragmentD& d, const FragmentA& a, const FragmentB& b) {
     std::memcpy(&theirs, lanes + lane * ::sparsecod::emulator::LANE_BYTES, sizeof(theirs));
     return theirs;
   };
-  const int lane = threadIdx.x % WARP;
+  const int lane = ::sparsecod::emulator::lane();
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
     for (int k = 0; k < 16; ++k) {
@@ -70,8 +70,9 @@ void multiply(FragmentD& d, const FragmentA& a, const FragmentB& b) {
 template <bool TRANSPOSED>
 void load_matrices(uint32_t (&registers)[4], const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) ::sparsecod::emulator::fail("ldmatrix at %p, not aligned to 16 bytes", row);
+  ::sparsecod::emulator::check_shared("ldmatrix", row, 16);
   const unsigned char* lanes = ::sparsecod::emulator::exchange("ldmatrix", WHOLE_WARP, &row, sizeof(row));
-  const int lane = threadIdx.x % WARP;
+  const int lane = ::sparsecod::emulator::lane();
   for (int i = 0; i < 4; ++i) {
     uint16_t halves[2];
     for (int half = 0; half < 2; ++half) {

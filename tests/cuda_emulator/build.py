@@ -5,23 +5,35 @@ import hashlib
 import os
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 CACHE = REPOSITORY / "build" / "cuda_emulator"
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-DSPARSECOD_EMULATOR", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas")
+FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-fPIC",
+    "-DSPARSECOD_EMULATOR",
+    "-ffp-contract=off",
+    "-U_FORTIFY_SOURCE",  # its longjmp does not know fibers
+    "-fsanitize=alignment,bounds",  # reported by emulator.cpp
+    "-Wall",
+    "-Wno-unknown-pragmas",
+)
 
 
 def kernel_sources(csrc: Path = REPOSITORY / "csrc") -> list[Path]:
     return sorted((csrc / "cuda").glob("*.cu"))
 
 
-def build(csrc: Path = REPOSITORY / "csrc") -> ctypes.CDLL:
-    """Return the library of all kernels under `csrc` (a copy of the project's, for tests that break one)."""
+def build(csrc: Path = REPOSITORY / "csrc", sources: Sequence[Path] | None = None) -> ctypes.CDLL:
+    """Return the library of all kernels under `csrc`, or of `sources`, wherever they lie, with the headers of `csrc`."""
+    sources = kernel_sources(csrc) if sources is None else sources
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(lambda source: _object(source, csrc), [*kernel_sources(csrc), HERE / "emulator.cpp"]))
+        objects = list(pool.map(lambda source: _object(source, csrc), [*sources, HERE / "emulator.cpp"]))
     library = CACHE / f"{_digest(*objects)}.so"
     if not library.exists():
         _run(["-shared", *map(str, objects)], library)
@@ -32,7 +44,8 @@ def _object(source: Path, csrc: Path) -> Path:
     headers = [*csrc.glob("cuda/*.h"), *csrc.glob("common/*.h"), *HERE.glob("include/*.h")]
     compiled = CACHE / f"{source.stem}-{_digest(source, *sorted(headers))}.o"
     if not compiled.exists():
-        _run([*FLAGS, f"-I{HERE / 'include'}", "-x", "c++", "-c", str(source)], compiled)
+        include = [f"-I{HERE / 'include'}", f"-I{csrc / 'cuda'}"]
+        _run([*FLAGS, *include, "-x", "c++", "-c", str(source)], compiled)
     return compiled
 
 

@@ -3,6 +3,9 @@
 // A thread runs until it has to wait for others (barrier, warp collective) and hands over; who goes on is up to the order
 // that the test set. Memory that kernels share is poisoned before every block, so whoever reads before it was written
 // finds NaN. A kernel that lacks a barrier gives other results, or NaN, in one order or another.
+//
+// Not seen: two threads that update one place without an atomic (each update is whole here), a missing __threadfence,
+// and blocks that wait for each other (blocks run one after the other: such a kernel never ends).
 
 #include <cuda_runtime.h>
 #include <setjmp.h>
@@ -15,7 +18,6 @@
 #include <cstdio>
 #include <numeric>
 #include <random>
-#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -26,6 +28,11 @@ namespace {
 
 constexpr size_t STACK_BYTES = 256 << 10;
 constexpr int POISON = 0xff;  // NaN in every floating-point type
+
+constexpr size_t PAGE_BYTES = 4096;
+constexpr size_t SHARED_ALIGNMENT = 1024;
+constexpr size_t SHARED_CAPACITY = (SHARED_BYTES + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
+constexpr size_t SIGNAL_STACK_BYTES = 64 << 10;
 
 enum Order { FORWARD, REVERSE, SHUFFLED };
 enum Exit { YIELDED = 1, FAILED };
@@ -61,33 +68,69 @@ struct Block {
   std::vector<Warp> warps;
   uint64_t barriers = 0;
   size_t live = 0, at_barrier = 0;
+  Site barrier_site = {};
   void (*body)(void*);
   void* captured;
 };
 
 Order order = FORWARD;
 std::mt19937 random_order;
-std::string message;
+char message[512];
 Block* block = nullptr;
 Thread* current = nullptr;
 sigjmp_buf scheduler;
 std::unordered_map<const void*, size_t> shared_allowed;
-alignas(1024) unsigned char shared_memory[SHARED_BYTES];
-size_t shared_dynamic = 0;
+
+__attribute__((format(printf, 1, 2))) void say(const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(message, sizeof(message), format, arguments);
+  va_end(arguments);
+}
+
+// Memory between two pages that nobody may touch.
+unsigned char* guarded(size_t bytes) {
+  const size_t total = bytes + 2 * PAGE_BYTES;
+  void* memory = mmap(nullptr, total, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  unsigned char* usable = static_cast<unsigned char*>(memory) + PAGE_BYTES;
+  if (mprotect(usable, bytes, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
+  return usable;
+}
 
 unsigned char* stack_of(size_t thread) {
   static std::vector<unsigned char*> stacks;
-  while (stacks.size() <= thread) {
-    void* memory = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    stacks.push_back(static_cast<unsigned char*>(memory));
-  }
+  while (stacks.size() <= thread) stacks.push_back(guarded(STACK_BYTES));
   return stacks[thread];
 }
+
+// A block's shared memory: what is declared with a size lies at the start, what the launch asked for at the end. The
+// rest keeps its poison, or the kernel has written past one of them.
+struct Shared {
+  unsigned char* const memory = guarded(SHARED_CAPACITY);
+  size_t dynamic_bytes = 0, dynamic_allowed = 0, static_bytes = 0;
+  int static_line = 0;
+
+  unsigned char* dynamic() const {
+    return memory + (SHARED_CAPACITY - dynamic_bytes) / SHARED_ALIGNMENT * SHARED_ALIGNMENT;
+  }
+  bool contains(const void* from, size_t bytes) const {
+    const unsigned char* first = static_cast<const unsigned char*>(from);
+    return (first >= memory && first + bytes <= memory + static_bytes) ||
+           (first >= dynamic() && first + bytes <= dynamic() + dynamic_bytes);
+  }
+  bool rest_is_poison() const {
+    const auto poisoned = [](const unsigned char* from, const unsigned char* to) {
+      return from == to || (*from == POISON && std::memcmp(from, from + 1, to - from - 1) == 0);
+    };
+    return poisoned(memory + static_bytes, dynamic()) && poisoned(dynamic() + dynamic_bytes, memory + SHARED_CAPACITY);
+  }
+} shared;
 
 void release_barrier_if_full() {
   if (block->at_barrier == block->live && block->live > 0) {
     block->at_barrier = 0;
+    block->barrier_site = {};
     ++block->barriers;
   }
 }
@@ -131,12 +174,30 @@ void arrange(std::vector<T>& items) {
   if (order == SHUFFLED) std::shuffle(items.begin(), items.end(), random_order);
 }
 
+enum Progress { STUCK, WENT_ON, BROKE };
+
+// Lets every thread of a warp that can go on do so once.
+Progress run_warp(size_t warp) {
+  const size_t first = warp * warpSize;
+  std::vector<size_t> turns(std::min<size_t>(warpSize, block->threads.size() - first));
+  std::iota(turns.begin(), turns.end(), first);
+  arrange(turns);
+  Progress progress = STUCK;
+  for (size_t i : turns) {
+    Thread& thread = block->threads[i];
+    if (thread.done || (thread.waits_for && *thread.waits_for < thread.target)) continue;
+    if (!go_on(thread)) return BROKE;
+    progress = WENT_ON;
+  }
+  return progress;
+}
+
 bool run_block(dim3 size, void (*body)(void*), void* captured) {
   Block here;
   block = &here;
   here.body = body;
   here.captured = captured;
-  here.live = size.x * size.y * size.z;
+  here.live = static_cast<size_t>(size.x) * size.y * size.z;
   here.threads.resize(here.live);
   here.warps.resize((here.live + warpSize - 1) / warpSize);
   for (size_t i = 0; i < here.threads.size(); ++i) {
@@ -148,31 +209,33 @@ bool run_block(dim3 size, void (*body)(void*), void* captured) {
     thread.start.uc_link = nullptr;
     makecontext(&thread.start, run_thread, 0);
   }
-  std::memset(shared_memory, POISON, sizeof(shared_memory));
-  std::vector<size_t> turns(here.live);
+  std::memset(shared.memory, POISON, SHARED_CAPACITY);
+  shared.static_bytes = 0;
+  shared.static_line = 0;
+  // A warp goes on as long as it can before the next has its turn: so that it runs ahead of the others wherever
+  // nothing holds it back, which warps that keep pace would hide.
+  std::vector<size_t> turns(here.warps.size());
   std::iota(turns.begin(), turns.end(), 0);
-  if (order == REVERSE) arrange(turns);
+  arrange(turns);
   while (here.live > 0) {
     if (order == SHUFFLED) arrange(turns);
-    bool stuck = true;
-    for (size_t i : turns) {
-      Thread& thread = here.threads[i];
-      if (thread.done || (thread.waits_for && *thread.waits_for < thread.target)) continue;
-      stuck = false;
-      if (!go_on(thread)) return false;
-    }
-    if (stuck) {
-      message = "threads of a block wait for others that never come: some have left, or stand at another barrier";
+    Progress progress = STUCK;
+    for (size_t i = 0; i < turns.size() && progress == STUCK; ++i) progress = run_warp(turns[i]);
+    if (progress == BROKE) return false;
+    if (progress == STUCK) {
+      say("threads of a block wait for others that never come: some have left, or stand at another barrier");
       return false;
     }
+  }
+  if (!shared.rest_is_poison()) {
+    say("wrote past the end of its shared memory");
+    return false;
   }
   return true;
 }
 
 void on_bad_access(int, siginfo_t* info, void*) {
-  char text[128];
-  snprintf(text, sizeof(text), "touches memory outside its tensors, at %p", info->si_addr);
-  message = text;
+  say("touches memory outside its tensors and shared memory, or more stack than a thread has, at %p", info->si_addr);
   siglongjmp(scheduler, FAILED);
 }
 
@@ -180,9 +243,14 @@ void on_bad_access(int, siginfo_t* info, void*) {
 class BadAccessGuard {
  public:
   BadAccessGuard() {
+    static unsigned char* const memory = guarded(SIGNAL_STACK_BYTES);  // a thread's own may be what has run out
+    stack_t stack = {};
+    stack.ss_sp = memory;
+    stack.ss_size = SIGNAL_STACK_BYTES;
+    sigaltstack(&stack, &stack_);
     struct sigaction action = {};
     action.sa_sigaction = on_bad_access;
-    action.sa_flags = SA_SIGINFO | SA_NODEFER;
+    action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
     sigemptyset(&action.sa_mask);
     sigaction(SIGSEGV, &action, &segv_);
     sigaction(SIGBUS, &action, &bus_);
@@ -190,25 +258,33 @@ class BadAccessGuard {
   ~BadAccessGuard() {
     sigaction(SIGSEGV, &segv_, nullptr);
     sigaction(SIGBUS, &bus_, nullptr);
+    sigaltstack(&stack_, nullptr);
   }
 
  private:
+  stack_t stack_;
   struct sigaction segv_, bus_;
 };
 
 }  // namespace
 
 void fail(const char* format, ...) {
-  char text[512];
   va_list arguments;
   va_start(arguments, format);
-  vsnprintf(text, sizeof(text), format, arguments);
+  vsnprintf(message, sizeof(message), format, arguments);
   va_end(arguments);
-  message = text;
   siglongjmp(scheduler, FAILED);
 }
 
-void block_barrier() {
+unsigned lane() { return (current - block->threads.data()) % warpSize; }
+
+void block_barrier(Site site) {
+  Site& others = block->barrier_site;
+  if (block->at_barrier > 0 && (others.line != site.line || std::strcmp(others.file, site.file) != 0)) {
+    fail("threads of one block stand at different barriers: %s:%d and %s:%d", others.file, others.line, site.file,
+         site.line);
+  }
+  others = site;
   const uint64_t target = block->barriers + 1;
   ++block->at_barrier;
   release_barrier_if_full();
@@ -218,7 +294,6 @@ void block_barrier() {
 const unsigned char* exchange(const char* kind, unsigned mask, const void* mine, size_t size) {
   const size_t thread = current - block->threads.data();
   Warp& warp = block->warps[thread / warpSize];
-  const unsigned lane = thread % warpSize;
   if (block->threads.size() % warpSize != 0) fail("%s in a block of %zu threads, no multiple of 32", kind, block->threads.size());
   if (mask != ~0u) fail("%s with mask %#x: the emulator knows whole warps only", kind, mask);
   if (warp.arrived != 0 && (std::strcmp(warp.kind, kind) != 0 || warp.size != size)) {
@@ -227,8 +302,8 @@ const unsigned char* exchange(const char* kind, unsigned mask, const void* mine,
   warp.kind = kind;
   warp.size = size;
   unsigned char* lanes = warp.lanes[current->collectives & 1];
-  if (size > 0) std::memcpy(lanes + lane * LANE_BYTES, mine, size);
-  warp.arrived |= 1u << lane;
+  if (size > 0) std::memcpy(lanes + lane() * LANE_BYTES, mine, size);
+  warp.arrived |= 1u << lane();
   if (warp.arrived == ~0u) {
     warp.arrived = 0;
     ++warp.completed;
@@ -237,15 +312,31 @@ const unsigned char* exchange(const char* kind, unsigned mask, const void* mine,
   return lanes;
 }
 
-void* static_shared(size_t size) {
+void* static_shared(size_t size, int line) {
+  if (shared.static_line != 0 && (shared.static_line != line || shared.static_bytes != size)) {
+    fail("shared memory is declared in lines %d and %d, but must be once in a kernel", shared.static_line, line);
+  }
   if (size > SHARED_BYTES_UNASKED) fail("%zu bytes of static shared memory, at most %zu can be had", size, SHARED_BYTES_UNASKED);
-  return shared_memory;
+  const size_t most = shared.dynamic_allowed == 0 ? SHARED_BYTES_UNASKED : SHARED_BYTES;
+  if (size + shared.dynamic_bytes > most) {
+    fail("%zu bytes of static and %zu of dynamic shared memory, together at most %zu can be had", size,
+         shared.dynamic_bytes, most);
+  }
+  shared.static_bytes = size;
+  shared.static_line = line;
+  return shared.memory;
 }
 
-void* dynamic_shared() { return shared_memory + SHARED_BYTES - shared_dynamic; }
+void* dynamic_shared() { return shared.dynamic(); }
 
-void copy_async(void* shared, const void* global, size_t bytes, size_t zeros) {
-  current->uncommitted.push_back({shared, global, bytes, zeros});
+void check_shared(const char* what, const void* from, size_t bytes) {
+  if (!shared.contains(from, bytes)) fail("%s of %zu bytes at %p, outside the block's shared memory", what, bytes, from);
+}
+
+void copy_async(void* to, const void* global, size_t bytes, size_t zeros) {
+  check_shared("cp.async", to, bytes + zeros);
+  std::memset(to, POISON, bytes + zeros);  // it may arrive at any time from now on
+  current->uncommitted.push_back({to, global, bytes, zeros});
 }
 
 void commit_copies() {
@@ -264,20 +355,28 @@ void wait_for_copies(int groups_still_under_way) {
   current->groups.erase(current->groups.begin(), current->groups.begin() + arrived);
 }
 
-void allow_shared(const void* kernel, size_t bytes) { shared_allowed[kernel] = bytes; }
+cudaError_t allow_shared(const void* kernel, size_t bytes) {
+  if (bytes > SHARED_BYTES) return cudaErrorInvalidValue;
+  shared_allowed[kernel] = bytes;
+  return cudaSuccess;
+}
 
 cudaError_t launch(const void* kernel, dim3 grid, dim3 size, size_t shared_bytes, void (*body)(void*), void* captured) {
-  const auto allowed = shared_allowed.find(kernel);
-  message.clear();
-  if (shared_bytes > SHARED_BYTES || shared_bytes > (allowed == shared_allowed.end() ? SHARED_BYTES_UNASKED : allowed->second)) {
-    message = std::to_string(shared_bytes) + " bytes of dynamic shared memory were not asked for with cudaFuncSetAttribute";
+  const auto asked = shared_allowed.find(kernel);
+  shared.dynamic_allowed = asked == shared_allowed.end() ? 0 : asked->second;
+  shared.dynamic_bytes = shared_bytes;
+  message[0] = 0;
+  if (shared_bytes > (shared.dynamic_allowed == 0 ? SHARED_BYTES_UNASKED : shared.dynamic_allowed)) {
+    say("%zu bytes of dynamic shared memory were not asked for with cudaFuncSetAttribute", shared_bytes);
   }
-  const size_t blocks = static_cast<size_t>(grid.x) * grid.y * grid.z, threads = size.x * size.y * size.z;
-  if (blocks == 0 || threads == 0 || threads > 1024 || grid.y > 65535 || grid.z > 65535) message = "the grid or the block has no such size";
-  if (!message.empty()) return cudaErrorInvalidConfiguration;
+  const size_t blocks = static_cast<size_t>(grid.x) * grid.y * grid.z;
+  const bool grid_fits = blocks > 0 && grid.x <= 0x7fffffffu && grid.y <= 65535 && grid.z <= 65535;
+  const bool block_fits = size.x <= 1024 && size.y <= 1024 && size.z <= 64;
+  const size_t threads = static_cast<size_t>(size.x) * size.y * size.z;
+  if (!grid_fits || !block_fits || threads == 0 || threads > 1024) say("the grid or the block has no such size");
+  if (message[0] != 0) return cudaErrorInvalidConfiguration;
   gridDim = grid;
   blockDim = size;
-  shared_dynamic = (shared_bytes + 1023) / 1024 * 1024;
   std::vector<size_t> turns(blocks);
   std::iota(turns.begin(), turns.end(), 0);
   arrange(turns);
@@ -293,6 +392,18 @@ cudaError_t launch(const void* kernel, dim3 grid, dim3 size, size_t shared_bytes
 
 extern "C" {
 
+// What the compiler calls (-fsanitize=alignment,bounds) where a GPU would fault, or would touch another variable.
+struct SourceLocation {
+  const char* file;
+  uint32_t line, column;
+};
+void __ubsan_handle_type_mismatch_v1(const SourceLocation* at, const void* pointer) {
+  sparsecod::emulator::fail("%s:%u: misaligned access at %p", at->file, at->line, pointer);
+}
+void __ubsan_handle_out_of_bounds(const SourceLocation* at, size_t index) {
+  sparsecod::emulator::fail("%s:%u: index %zd is outside the array", at->file, at->line, static_cast<ssize_t>(index));
+}
+
 // In which order threads and blocks take turns: 0 forward, 1 reverse, more: shuffled by this seed.
 void sparsecod_emulator_set_order(unsigned order) {
   using namespace sparsecod::emulator;
@@ -301,5 +412,5 @@ void sparsecod_emulator_set_order(unsigned order) {
 }
 
 // Why the last launch failed; empty if it did not.
-const char* sparsecod_emulator_message() { return sparsecod::emulator::message.c_str(); }
+const char* sparsecod_emulator_message() { return sparsecod::emulator::message; }
 }

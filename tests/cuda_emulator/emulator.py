@@ -13,6 +13,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ORDERS = (0, 1, 7)  # forward, reverse, shuffled by this seed
 POISON = 0xFF
 ALIGNMENT = 16
+GUARD = 1 << 20  # bytes
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -22,26 +23,29 @@ class LaunchError(Exception):
 
 
 class Guarded:
-    """Memory that ends where touching more fails the launch, but for up to 15 bytes that must keep their poison."""
+    """Memory that ends where touching more fails the launch, but for up to 15 bytes that must keep their poison.
+
+    The guards on both sides are wide enough for a row or more to fall into them.
+    """
 
     def __init__(self, size: int) -> None:
         page = mmap.PAGESIZE
-        pages = -(-max(size, 1) // page) + 2
-        self.mapping = mmap.mmap(-1, pages * page)
+        self.end = GUARD + -(-max(size, 1) // page) * page
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self.mapping = mmap.mmap(-1, self.end + GUARD, flags)
         first = ctypes.addressof(ctypes.c_char.from_buffer(self.mapping))
-        for guard in (first, first + (pages - 1) * page):
-            assert _libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) == 0
+        for guard in (first, first + self.end):
+            assert _libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(GUARD), 0) == 0
         self.size = size
-        self.end = (pages - 1) * page
         self.start = (self.end - size) // ALIGNMENT * ALIGNMENT
-        self.mapping[page : self.end] = bytes([POISON]) * (self.end - page)
+        self.mapping[GUARD : self.end] = bytes([POISON]) * (self.end - GUARD)
         self.address = first + self.start
 
     def write(self, tensor: Tensor) -> None:
         ctypes.memmove(self.address, tensor.data_ptr(), self.size)
 
     def read(self, like: Tensor) -> Tensor:
-        before, after = self.mapping[mmap.PAGESIZE : self.start], self.mapping[self.start + self.size : self.end]
+        before, after = self.mapping[GUARD : self.start], self.mapping[self.start + self.size : self.end]
         if set(before + after) - {POISON}:
             raise LaunchError("wrote outside its tensors")
         result = torch.empty_like(like, memory_format=torch.contiguous_format)

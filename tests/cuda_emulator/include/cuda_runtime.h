@@ -49,15 +49,27 @@ namespace sparsecod::emulator {
 constexpr size_t SHARED_BYTES = 232448;        // a block's most on Hopper
 constexpr size_t SHARED_BYTES_UNASKED = 49152;  // and without cudaFuncSetAttribute
 
-// Lets the other threads go on until all threads of the block are here.
-void block_barrier();
+// Where in the kernel's source.
+struct Site {
+  const char* file;
+  int line;
+};
+
+// Lets the other threads go on until all threads of the block that have not left are here.
+void block_barrier(Site site);
+
+// Which of its warp's 32 lanes the running thread is, whatever the shape of the block.
+unsigned lane();
 
 // Gives `size` bytes of each of the warp's 32 lanes to all of them: LANE_BYTES apart, until the next call but one.
 constexpr size_t LANE_BYTES = 64;
 const unsigned char* exchange(const char* kind, unsigned mask, const void* mine, size_t size);
 
-void* static_shared(size_t size);
+void* static_shared(size_t size, int line);
 void* dynamic_shared();
+
+// Fails unless `what` stays within the block's shared memory.
+void check_shared(const char* what, const void* from, size_t bytes);
 
 // Copies that arrive when they are waited for, not before.
 void copy_async(void* shared, const void* global, size_t bytes, size_t zeros);
@@ -67,7 +79,7 @@ void wait_for_copies(int groups_still_under_way);
 // Stops the launch with a message.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-void allow_shared(const void* kernel, size_t bytes);
+cudaError_t allow_shared(const void* kernel, size_t bytes);
 
 cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* captured);
 
@@ -80,15 +92,16 @@ template <typename T, typename Source>
 T exchanged(const char* kind, unsigned mask, T mine, Source source) {
   static_assert(sizeof(T) <= LANE_BYTES && std::is_trivially_copyable_v<T>);
   const unsigned char* lanes = exchange(kind, mask, &mine, sizeof(T));
-  const unsigned lane = threadIdx.x % warpSize;
   T theirs;
-  std::memcpy(&theirs, lanes + LANE_BYTES * (source(lane) % warpSize), sizeof(T));
+  std::memcpy(&theirs, lanes + LANE_BYTES * (source(lane()) % warpSize), sizeof(T));
   return theirs;
 }
 
 }  // namespace sparsecod::emulator
 
-inline void __syncthreads() { sparsecod::emulator::block_barrier(); }
+inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  sparsecod::emulator::block_barrier({file, line});
+}
 inline void __syncwarp(unsigned mask = ~0u) { sparsecod::emulator::exchange("__syncwarp", mask, nullptr, 0); }
 inline void __threadfence() {}
 
@@ -178,8 +191,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  sparsecod::emulator::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
-  return cudaSuccess;
+  return sparsecod::emulator::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
 }
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
