@@ -30,7 +30,7 @@ def kernel_sources(csrc: Path = REPOSITORY / "csrc") -> list[Path]:
 
 
 def build(csrc: Path = REPOSITORY / "csrc", sources: Sequence[Path] | None = None) -> ctypes.CDLL:
-    """Return the library of all kernels under `csrc`, or of `sources`, wherever they lie, with the headers of `csrc`."""
+    """Return the library of all kernels under `csrc`, or of `sources` anywhere, with the headers of `csrc`."""
     sources = kernel_sources(csrc) if sources is None else sources
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         objects = list(pool.map(lambda source: _object(source, csrc), [*sources, HERE / "emulator.cpp"]))

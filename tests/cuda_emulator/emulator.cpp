@@ -1,8 +1,8 @@
 // The threads of a CUDA block as fibers of one CPU thread.
 //
-// A thread runs until it has to wait for others (barrier, warp collective) and hands over; who goes on is up to the order
-// that the test set. Memory that kernels share is poisoned before every block, so whoever reads before it was written
-// finds NaN. A kernel that lacks a barrier gives other results, or NaN, in one order or another.
+// A thread runs until it has to wait for others (barrier, warp collective) and hands over; who goes on is up to the
+// order that the test set. Memory that kernels share is poisoned before every block, so whoever reads before it was
+// written finds NaN. A kernel that lacks a barrier gives other results, or NaN, in one order or another.
 //
 // Not seen: two threads that update one place without an atomic (each update is whole here), a missing __threadfence,
 // and blocks that wait for each other (blocks run one after the other: such a kernel never ends).
@@ -144,7 +144,6 @@ void run_thread() {
 }
 
 void wait_until(const uint64_t& counter, uint64_t target) {
-  if (counter >= target) return;
   current->waits_for = &counter;
   current->target = target;
   if (_setjmp(current->resume) == 0) siglongjmp(scheduler, YIELDED);
@@ -176,14 +175,16 @@ void arrange(std::vector<T>& items) {
 
 enum Progress { STUCK, WENT_ON, BROKE };
 
-// Lets every thread of a warp that can go on do so once.
+// Lets every thread of a warp that can go on do so once, or until a barrier lets other warps go on as well.
 Progress run_warp(size_t warp) {
   const size_t first = warp * warpSize;
   std::vector<size_t> turns(std::min<size_t>(warpSize, block->threads.size() - first));
   std::iota(turns.begin(), turns.end(), first);
   arrange(turns);
+  const uint64_t barriers = block->barriers;
   Progress progress = STUCK;
   for (size_t i : turns) {
+    if (block->barriers != barriers) break;
     Thread& thread = block->threads[i];
     if (thread.done || (thread.waits_for && *thread.waits_for < thread.target)) continue;
     if (!go_on(thread)) return BROKE;
@@ -288,13 +289,15 @@ void block_barrier(Site site) {
   const uint64_t target = block->barriers + 1;
   ++block->at_barrier;
   release_barrier_if_full();
-  wait_until(block->barriers, target);
+  wait_until(block->barriers, target);  // also where all are here: not the last to come is to go on first
 }
 
 const unsigned char* exchange(const char* kind, unsigned mask, const void* mine, size_t size) {
   const size_t thread = current - block->threads.data();
   Warp& warp = block->warps[thread / warpSize];
-  if (block->threads.size() % warpSize != 0) fail("%s in a block of %zu threads, no multiple of 32", kind, block->threads.size());
+  if (block->threads.size() % warpSize != 0) {
+    fail("%s in a block of %zu threads, no multiple of 32", kind, block->threads.size());
+  }
   if (mask != ~0u) fail("%s with mask %#x: the emulator knows whole warps only", kind, mask);
   if (warp.arrived != 0 && (std::strcmp(warp.kind, kind) != 0 || warp.size != size)) {
     fail("lanes of one warp diverge: one is at %s, others at %s", kind, warp.kind);
@@ -308,7 +311,7 @@ const unsigned char* exchange(const char* kind, unsigned mask, const void* mine,
     warp.arrived = 0;
     ++warp.completed;
   }
-  wait_until(warp.completed, ++current->collectives);
+  if (warp.completed < ++current->collectives) wait_until(warp.completed, current->collectives);
   return lanes;
 }
 
@@ -316,7 +319,9 @@ void* static_shared(size_t size, int line) {
   if (shared.static_line != 0 && (shared.static_line != line || shared.static_bytes != size)) {
     fail("shared memory is declared in lines %d and %d, but must be once in a kernel", shared.static_line, line);
   }
-  if (size > SHARED_BYTES_UNASKED) fail("%zu bytes of static shared memory, at most %zu can be had", size, SHARED_BYTES_UNASKED);
+  if (size > SHARED_BYTES_UNASKED) {
+    fail("%zu bytes of static shared memory, at most %zu can be had", size, SHARED_BYTES_UNASKED);
+  }
   const size_t most = shared.dynamic_allowed == 0 ? SHARED_BYTES_UNASKED : SHARED_BYTES;
   if (size + shared.dynamic_bytes > most) {
     fail("%zu bytes of static and %zu of dynamic shared memory, together at most %zu can be had", size,
@@ -361,7 +366,8 @@ cudaError_t allow_shared(const void* kernel, size_t bytes) {
   return cudaSuccess;
 }
 
-cudaError_t launch(const void* kernel, dim3 grid, dim3 size, size_t shared_bytes, void (*body)(void*), void* captured) {
+cudaError_t launch(const void* kernel, dim3 grid, dim3 size, size_t shared_bytes, void (*body)(void*),
+                   void* captured) {
   const auto asked = shared_allowed.find(kernel);
   shared.dynamic_allowed = asked == shared_allowed.end() ? 0 : asked->second;
   shared.dynamic_bytes = shared_bytes;

@@ -70,7 +70,7 @@ MISTAKES = {  # in the order of kernels/features.cu
     "BARRIER_IN_A_BRANCH": "wait for others that never come",
     "DIFFERENT_BARRIERS": "stand at different barriers: .*features.cu:[0-9]+ and .*features.cu:[0-9]+",
     "BARRIER_AND_SHUFFLE": "wait for others that never come|stand at different barriers",
-    "DIFFERENT_COLLECTIVES": "lanes of one warp diverge: one is at __(shfl|ballot)_sync, others at __(shfl|ballot)_sync",
+    "DIFFERENT_COLLECTIVES": "lanes of one warp diverge: one is at __(shfl|ballot)_sync, others at __",
     "READS_BEFORE_THE_START": "touches memory outside its tensors",
     "READS_PAST_THE_END": "touches memory outside its tensors",
     "WRITES_PAST_THE_END": "touches memory outside its tensors",

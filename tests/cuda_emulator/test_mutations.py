@@ -64,9 +64,7 @@ MUTATIONS = [
     Mutation(CUDA / "swiglu_jvp.cu", swiglu_jvp, "i < packs;", "i <= packs;"),
     Mutation(CUDA / "swiglu_jvp.cu", swiglu_jvp, "i < packs;", "i < packs - 1;"),
     Mutation(CUDA / "swiglu_jvp.cu", swiglu_jvp, "at + row * width, up_at", "at + (row + 1) * width, up_at"),
-    Mutation(
-        CUDA / "swiglu_jvp.cu", swiglu_jvp, "const bool packed = in_packs", "const bool packed = true || in_packs"
-    ),
+    Mutation(CUDA / "swiglu_jvp.cu", swiglu_jvp, "packed = in_packs", "packed = true || in_packs"),
 ]
 
 

@@ -95,7 +95,9 @@ __global__ void mistaken(const float* x, float* y, int mistake) {
       value = __shfl_sync(WHOLE_WARP, value, 0);
       if (thread != 7) __syncthreads();
       break;
-    case DIFFERENT_COLLECTIVES: value = thread < 8 ? __shfl_sync(WHOLE_WARP, value, 0) : __ballot_sync(WHOLE_WARP, 1); break;
+    case DIFFERENT_COLLECTIVES:
+      value = thread < 8 ? __shfl_sync(WHOLE_WARP, value, 0) : __ballot_sync(WHOLE_WARP, 1);
+      break;
     case READS_BEFORE_THE_START: value = x[thread - 4096]; break;
     case READS_PAST_THE_END: value = x[thread + 1]; break;
     case WRITES_PAST_THE_END: y[thread + 4] = 0; break;
@@ -139,7 +141,7 @@ __global__ void copies_in_groups(const float* x, float* y) {
     commit_copies();
   }
   wait_for_copies<1>();
-  for (int group = 0; group < 2; ++group) reinterpret_cast<float4*>(y)[WARP * group + thread] = kept[WARP * group + thread];
+  for (int i = thread; i < 2 * WARP; i += WARP) reinterpret_cast<float4*>(y)[i] = kept[i];
 }
 
 __global__ void reads_unwritten(float* y) {
