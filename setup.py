@@ -51,7 +51,8 @@ def why_no_cuda() -> str | None:
         return f"torch {torch.__version__} is built without CUDA"
     home = cuda_home()
     if home is None:
-        return "nvcc is neither on PATH nor under CUDA_HOME"
+        named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        return f"CUDA_HOME is {named}, where bin/nvcc is not" if named else "nvcc is not on PATH, nor CUDA_HOME set"
     told = subprocess.run([str(Path(home) / "bin" / "nvcc"), "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.", told)
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
