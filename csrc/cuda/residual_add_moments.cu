@@ -97,7 +97,8 @@ struct alignas(16) RowRecord {
 // What the first kernel leaves for the second.
 struct Records {
   RowRecord* rows;
-  float* largest;  // [blocks, NUM_OPERANDS]
+  float* largest;    // [blocks, NUM_OPERANDS]
+  unsigned* ticket;  // 0
 };
 
 struct Shared {
@@ -124,6 +125,7 @@ __global__ void __launch_bounds__(Group::MAX_THREADS)
     }
   }
 
+  if (blockIdx.x == 0 && threadIdx.x == 0) *records.ticket = 0;
   const float inverse_width = 1.0f / rows.width;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * groups;
   float largest[NUM_OPERANDS] = {0, 0, 0};
@@ -264,7 +266,7 @@ __device__ __forceinline__ void add_rows(double* totals, const Rows<T>& rows, co
 // to end adds up what all found, in the order of blocks.
 template <typename T>
 __global__ void __launch_bounds__(RECORD_THREADS)
-    add_records(const Rows<T> rows, const Records records, int64_t largest_blocks, double* partials, unsigned* ticket,
+    add_records(const Rows<T> rows, const Records records, int64_t largest_blocks, double* partials,
                 double* moments) {
   SPARSECOD_SHARED(SharedTotals, shared);
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -289,7 +291,7 @@ __global__ void __launch_bounds__(RECORD_THREADS)
   }
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) shared.is_last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+  if (threadIdx.x == 0) shared.is_last = atomicAdd(records.ticket, 1u) == gridDim.x - 1;
   __syncthreads();
   if (!shared.is_last) return;
   __threadfence();
@@ -307,7 +309,6 @@ __global__ void __launch_bounds__(RECORD_THREADS)
     total = is_max(m) ? warp_max(total) : warp_sum(total);
     if (lane == 0) moments[m] = is_max(m) ? larger(total, moments[m]) : moments[m] + total;
   }
-  if (threadIdx.x == 0) *ticket = 0;
 }
 
 constexpr int COLUMN_ROWS = 8;  // of threads in a block of WARP x COLUMN_ROWS, each row for other rows of the tensor
@@ -420,7 +421,8 @@ struct Plan {
 
   int64_t scratch_bytes(const Rows<T>& rows) const {
     return rows.count * sizeof(RowRecord) + record_blocks * NUM_MOMENTS * sizeof(double) +
-           blocks * NUM_OPERANDS * sizeof(float) + column_parts * NUM_POWERS * rows.width * sizeof(float);
+           blocks * NUM_OPERANDS * sizeof(float) + column_parts * NUM_POWERS * rows.width * sizeof(float) +
+           sizeof(unsigned);
   }
 
  private:
@@ -430,20 +432,19 @@ struct Plan {
 };
 
 template <typename T>
-cudaError_t launch(const Rows<T>& rows, double* moments, double* columns, void* scratch, unsigned* ticket,
-                   cudaStream_t stream) {
+cudaError_t launch(const Rows<T>& rows, double* moments, double* columns, void* scratch, cudaStream_t stream) {
   Plan<T> plan(rows, columns != nullptr);
   SPARSECOD_RETURN_IF_ERROR(plan.size_grid(rows.count, columns != nullptr));
   RowRecord* row_records = static_cast<RowRecord*>(scratch);
   double* partials = reinterpret_cast<double*>(row_records + rows.count);
   float* largest = reinterpret_cast<float*>(partials + plan.record_blocks * NUM_MOMENTS);
   float* column_partials = largest + plan.blocks * NUM_OPERANDS;
-  const Records records = {row_records, largest};
+  unsigned* ticket = reinterpret_cast<unsigned*>(column_partials + plan.column_parts * NUM_POWERS * rows.width);
+  const Records records = {row_records, largest, ticket};
   SPARSECOD_RETURN_IF_ERROR(SPARSECOD_LAUNCH(plan.kernel, static_cast<unsigned>(plan.blocks), plan.threads, 0, stream,
                                              rows, records, columns, column_partials));
   SPARSECOD_RETURN_IF_ERROR(SPARSECOD_LAUNCH(&add_records<T>, static_cast<unsigned>(plan.record_blocks),
-                                             RECORD_THREADS, 0, stream, rows, records, plan.blocks, partials, ticket,
-                                             moments));
+                                             RECORD_THREADS, 0, stream, rows, records, plan.blocks, partials, moments));
   if (columns == nullptr) return cudaSuccess;
   const unsigned column_blocks = static_cast<unsigned>((rows.width + WARP - 1) / WARP);
   const dim3 block(WARP, COLUMN_ROWS);
@@ -478,13 +479,12 @@ cudaError_t sparsecod_residual_add_moments_scratch(sparsecod::cuda::Dtype dtype,
 }
 
 cudaError_t sparsecod_residual_add_moments(const void* branch, const void* residual, const void* bias, void* output,
-                                           double* moments, double* columns, void* scratch, unsigned* ticket,
-                                           sparsecod::cuda::Dtype dtype, int64_t rows, int64_t width,
-                                           cudaStream_t stream) {
+                                           double* moments, double* columns, void* scratch, sparsecod::cuda::Dtype dtype,
+                                           int64_t rows, int64_t width, cudaStream_t stream) {
   using namespace sparsecod::cuda;
   return SPARSECOD_DISPATCH_DTYPE(dtype, T, [&] {
     const Rows<T> all = {static_cast<const T*>(branch), static_cast<const T*>(residual), static_cast<const T*>(bias),
                          static_cast<T*>(output), rows, width};
-    return launch(all, moments, columns, scratch, ticket, stream);
+    return launch(all, moments, columns, scratch, stream);
   });
 }

@@ -11,9 +11,8 @@ extern "C" cudaError_t sparsecod_residual_add_moments_scratch(sparsecod::cuda::D
                                                               int64_t width, bool with_columns, int64_t* bytes);
 
 // branch, residual and output [rows, width], bias [width] or null, moments [NUM_MOMENTS], columns [NUM_COLUMN_SUMS,
-// width] or null; all contiguous, rows and width > 0. `ticket` is a zero that is zero again afterwards; launches that
-// may overlap need one each.
+// width] or null; all contiguous, rows and width > 0.
 extern "C" cudaError_t sparsecod_residual_add_moments(const void* branch, const void* residual, const void* bias,
                                                       void* output, double* moments, double* columns, void* scratch,
-                                                      unsigned* ticket, sparsecod::cuda::Dtype dtype, int64_t rows,
-                                                      int64_t width, cudaStream_t stream);
+                                                      sparsecod::cuda::Dtype dtype, int64_t rows, int64_t width,
+                                                      cudaStream_t stream);
