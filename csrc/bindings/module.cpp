@@ -5,6 +5,7 @@
 #include <array>
 #include <string_view>
 
+#include "../common/columns.h"
 #include "../common/moments.h"
 #include "residual_add_moments.h"
 
@@ -12,6 +13,8 @@ namespace {
 
 #define SPARSECOD_NAME(name) #name,
 constexpr std::array<std::string_view, sparsecod::NUM_MOMENTS> MOMENT_NAMES = {SPARSECOD_MOMENTS(SPARSECOD_NAME)};
+constexpr std::array<std::string_view, sparsecod::NUM_COLUMN_SUMS> COLUMN_SUM_NAMES = {
+    SPARSECOD_COLUMN_SUMS(SPARSECOD_NAME)};
 #undef SPARSECOD_NAME
 
 }  // namespace
@@ -23,5 +26,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("HAS_CUDA") = false;
 #endif
   m.attr("MOMENT_NAMES") = pybind11::cast(MOMENT_NAMES);
+  m.attr("COLUMN_SUM_NAMES") = pybind11::cast(COLUMN_SUM_NAMES);
   m.def("check_residual_add_moments", &sparsecod::check_residual_add_moments);
 }

@@ -1,4 +1,4 @@
-// sparsecod::residual_add_moments: schema, argument checks, shape inference, gradient, CPU registration.
+// sparsecod::residual_add_moments: schema, argument checks, shape inference, gradient, registration.
 
 #include "residual_add_moments.h"
 
@@ -13,54 +13,93 @@
 #include <string>
 #include <vector>
 
+#include "../common/columns.h"
 #include "../common/moments.h"
 #include "../cpu/operators.h"
 #include "checks.h"
+#include "on_cuda.h"
+
+#if defined(SPARSECOD_CUDA)
+#include "../cuda/residual_add_moments.h"
+#endif
 
 namespace sparsecod {
 
-void check_residual_add_moments(const at::Tensor& branch, const at::Tensor& residual,
-                                const std::optional<at::Tensor>& bias, const at::Tensor& moments) {
+namespace {
+
+// A buffer that the operator adds to.
+void check_sums(const char* argument, const at::Tensor& given, c10::SymIntArrayRef shape, const at::Tensor& branch) {
+  check_shape(argument, given, shape, "shape ");
+  check_dtype(argument, given, at::kDouble);
+  TORCH_CHECK_VALUE(given.is_contiguous(), argument, " has stride ", given.sym_strides(), ", but must be contiguous");
+  TORCH_CHECK_VALUE(given.device() == branch.device(), argument, " is on ", given.device(),
+                    ", but must be on branch's device ", branch.device());
+  TORCH_CHECK_VALUE(!given.requires_grad(), argument, " requires a gradient, but must not");
+}
+
+}  // namespace
+
+void check_residual_add_moments(const at::Tensor& branch, const at::Tensor& residual, const OptionalTensor& bias,
+                                const at::Tensor& moments, const OptionalTensor& columns) {
   check_floating("branch", branch);
   TORCH_CHECK_VALUE(branch.dim() > 0, "branch has shape [], but must have shape [..., D]");
+  const c10::SymInt width = branch.sym_size(-1);
   check_same_shape("residual", residual, "branch", branch);
   check_like("residual", residual, "branch", branch);
   if (bias) {
-    const c10::SymInt width = branch.sym_size(-1);
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->sym_size(0) == width, "bias has shape ", bias->sym_sizes(),
                       ", but must have shape [", width, "], branch's last dimension");
     check_like("bias", *bias, "branch", branch);
   }
-  TORCH_CHECK_VALUE(moments.dim() == 1 && moments.sym_size(0) == NUM_MOMENTS, "moments has shape ", moments.sym_sizes(),
-                    ", but must have shape [", static_cast<int>(NUM_MOMENTS), "]");
-  TORCH_CHECK_VALUE(moments.scalar_type() == at::kDouble, "moments is ", name(moments.scalar_type()),
-                    ", but must be float64");
-  TORCH_CHECK_VALUE(moments.is_contiguous(), "moments has stride ", moments.sym_strides(), ", but must be contiguous");
-  TORCH_CHECK_VALUE(moments.device() == branch.device(), "moments is on ", moments.device(),
-                    ", but must be on branch's device ", branch.device());
-  TORCH_CHECK_VALUE(!moments.requires_grad(), "moments requires a gradient, but must not");
+  check_sums("moments", moments, {c10::SymInt(NUM_MOMENTS)}, branch);
+  if (columns) check_sums("columns", *columns, {c10::SymInt(NUM_COLUMN_SUMS), width}, branch);
 }
 
 namespace {
 
-using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, at::Tensor&);
+using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, at::Tensor&,
+                             const OptionalTensor&);
 
-at::Tensor dispatch(const at::Tensor& branch, const at::Tensor& residual, const std::optional<at::Tensor>& bias,
-                    at::Tensor& moments) {
+at::Tensor dispatch(const at::Tensor& branch, const at::Tensor& residual, const OptionalTensor& bias,
+                    at::Tensor& moments, const OptionalTensor& columns) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("sparsecod::residual_add_moments", "").typed<Signature>();
-  return op.call(branch, residual, bias, moments);
+  return op.call(branch, residual, bias, moments, columns);
 }
 
-at::Tensor on_cpu(const at::Tensor& branch, const at::Tensor& residual, const std::optional<at::Tensor>& bias,
-                  at::Tensor& moments) {
-  check_residual_add_moments(branch, residual, bias, moments);
+at::Tensor on_cpu(const at::Tensor& branch, const at::Tensor& residual, const OptionalTensor& bias,
+                  at::Tensor& moments, const OptionalTensor& columns) {
+  check_residual_add_moments(branch, residual, bias, moments, columns);
+  if (columns && branch.numel() > 0) cpu::add_column_powers(branch, residual, bias, *columns);
   return cpu::residual_add_moments(branch, residual, bias, moments);
 }
 
-at::Tensor on_meta(const at::Tensor& branch, const at::Tensor& residual, const std::optional<at::Tensor>& bias,
-                   at::Tensor& moments) {
-  check_residual_add_moments(branch, residual, bias, moments);
+#if defined(SPARSECOD_CUDA)
+at::Tensor on_cuda(const at::Tensor& branch, const at::Tensor& residual, const OptionalTensor& bias,
+                   at::Tensor& moments, const OptionalTensor& columns) {
+  check_residual_add_moments(branch, residual, bias, moments, columns);
+  const c10::cuda::CUDAGuard device(branch.device());
+  at::Tensor output = at::empty(branch.sizes(), branch.options());
+  if (output.numel() == 0) return output;
+  const at::Tensor branch_rows = branch.contiguous(), residual_rows = residual.contiguous();
+  const at::Tensor bias_row = bias ? bias->contiguous() : at::Tensor();
+  const int64_t width = branch.size(-1), rows = branch.numel() / width;
+  int64_t scratch_bytes;
+  C10_CUDA_CHECK(sparsecod_residual_add_moments_scratch(dtype_of(branch), rows, width, columns.has_value(),
+                                                        &scratch_bytes));
+  const at::Tensor scratch = at::empty({scratch_bytes}, branch.options().dtype(at::kByte));
+  C10_CUDA_CHECK(sparsecod_residual_add_moments(
+      branch_rows.const_data_ptr(), residual_rows.const_data_ptr(), bias ? bias_row.const_data_ptr() : nullptr,
+      output.mutable_data_ptr(), moments.mutable_data_ptr<double>(),
+      columns ? columns->mutable_data_ptr<double>() : nullptr, scratch.mutable_data_ptr(), dtype_of(branch), rows,
+      width, c10::cuda::getCurrentCUDAStream()));
+  return output;
+}
+#endif
+
+at::Tensor on_meta(const at::Tensor& branch, const at::Tensor& residual, const OptionalTensor& bias,
+                   at::Tensor& moments, const OptionalTensor& columns) {
+  check_residual_add_moments(branch, residual, bias, moments, columns);
   return at::empty_like(branch, at::MemoryFormat::Contiguous);
 }
 
@@ -70,10 +109,11 @@ class ResidualAdd : public torch::autograd::Function<ResidualAdd> {
   static constexpr bool is_traceable = true;
 
   static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& branch,
-                            const at::Tensor& residual, const std::optional<at::Tensor>& bias, at::Tensor& moments) {
+                            const at::Tensor& residual, const OptionalTensor& bias, at::Tensor& moments,
+                            const OptionalTensor& columns) {
     const at::AutoDispatchBelowAutograd below_autograd;
     context->set_materialize_grads(false);
-    return dispatch(branch, residual, bias, moments);
+    return dispatch(branch, residual, bias, moments, columns);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
@@ -86,35 +126,41 @@ class ResidualAdd : public torch::autograd::Function<ResidualAdd> {
       std::iota(row_dims.begin(), row_dims.end(), 0);
       bias_grad = row_dims.empty() ? grad : at::sum(grad, row_dims);
     }
-    return {grad, grad, bias_grad, at::Tensor()};
+    return {grad, grad, bias_grad, at::Tensor(), at::Tensor()};
   }
 };
 
-at::Tensor with_gradient(const at::Tensor& branch, const at::Tensor& residual, const std::optional<at::Tensor>& bias,
-                         at::Tensor& moments) {
+at::Tensor with_gradient(const at::Tensor& branch, const at::Tensor& residual, const OptionalTensor& bias,
+                         at::Tensor& moments, const OptionalTensor& columns) {
   if (torch::autograd::compute_requires_grad(branch, residual, bias)) {
-    return ResidualAdd::apply(branch, residual, bias, moments);
+    return ResidualAdd::apply(branch, residual, bias, moments, columns);
   }
   const at::AutoDispatchBelowAutograd below_autograd;
-  return dispatch(branch, residual, bias, moments);
+  return dispatch(branch, residual, bias, moments, columns);
 }
 
-// Tells autograd, as in-place operators do, that saved copies of the moments are out of date.
-at::Tensor with_new_version(const at::Tensor& branch, const at::Tensor& residual, const std::optional<at::Tensor>& bias,
-                            at::Tensor& moments) {
+// Tells autograd, as in-place operators do, that saved copies of the sums are out of date.
+at::Tensor with_new_version(const at::Tensor& branch, const at::Tensor& residual, const OptionalTensor& bias,
+                            at::Tensor& moments, const OptionalTensor& columns) {
   torch::autograd::increment_version(moments);
+  if (columns) torch::autograd::increment_version(*columns);
   const at::AutoDispatchBelowADInplaceOrView below_versions;
-  return dispatch(branch, residual, bias, moments);
+  return dispatch(branch, residual, bias, moments, columns);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(sparsecod, m) {
-  m.def("residual_add_moments(Tensor branch, Tensor residual, Tensor? bias, Tensor(a!) moments) -> Tensor",
-        {at::Tag::pt2_compliant_tag});
+  m.def(
+      "residual_add_moments(Tensor branch, Tensor residual, Tensor? bias, Tensor(a!) moments, Tensor(b!)? columns) "
+      "-> Tensor",
+      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(sparsecod, CPU, m) { m.impl("residual_add_moments", on_cpu); }
+#if defined(SPARSECOD_CUDA)
+TORCH_LIBRARY_IMPL(sparsecod, CUDA, m) { m.impl("residual_add_moments", on_cuda); }
+#endif
 TORCH_LIBRARY_IMPL(sparsecod, Meta, m) { m.impl("residual_add_moments", on_meta); }
 TORCH_LIBRARY_IMPL(sparsecod, Autograd, m) { m.impl("residual_add_moments", with_gradient); }
 TORCH_LIBRARY_IMPL(sparsecod, ADInplaceOrView, m) { m.impl("residual_add_moments", with_new_version); }

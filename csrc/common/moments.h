@@ -159,15 +159,25 @@ SPARSECOD_HOST_DEVICE bool float32_suffices(const RowPowers<double>& powers, dou
   return suffices;
 }
 
+// What one row adds to the sums of one operand.
+struct OperandSums {
+  double variance, squared_mean, fourth_moment, kurtosis;
+};
+
+SPARSECOD_HOST_DEVICE OperandSums operand_sums(double mean, double second, double fourth, double inverse_width) {
+  const double variance = second * inverse_width, fourth_moment = fourth * inverse_width;
+  return {variance, mean * mean, fourth_moment, variance == 0 ? 0 : fourth_moment / (variance * variance)};
+}
+
 // Adds the sums of one row to the NUM_MOMENTS `totals`.
 SPARSECOD_HOST_DEVICE void add_row(double* totals, const RowPowers<double>& powers, double inverse_width) {
   for (int i = 0; i < NUM_OPERANDS; ++i) {
+    const OperandSums sums = operand_sums(powers.mean[i], powers.second[i], powers.fourth[i], inverse_width);
     double* operand = totals + i * MOMENTS_PER_OPERAND;  // indexed by the names of the first operand
-    const double variance = powers.second[i] * inverse_width, fourth = powers.fourth[i] * inverse_width;
-    operand[BRANCH_VARIANCE] += variance;
-    operand[BRANCH_SQUARED_MEAN] += powers.mean[i] * powers.mean[i];
-    operand[BRANCH_FOURTH_MOMENT] += fourth;
-    operand[BRANCH_KURTOSIS] += variance == 0 ? 0 : fourth / (variance * variance);
+    operand[BRANCH_VARIANCE] += sums.variance;
+    operand[BRANCH_SQUARED_MEAN] += sums.squared_mean;
+    operand[BRANCH_FOURTH_MOMENT] += sums.fourth_moment;
+    operand[BRANCH_KURTOSIS] += sums.kurtosis;
   }
   totals[COVARIANCE] += powers.product * inverse_width;
   totals[TOKENS] += 1;
@@ -185,12 +195,13 @@ SPARSECOD_HOST_DEVICE void add_checked(double* totals, const CheckedRowSums& sum
   }
 }
 
+SPARSECOD_HOST_DEVICE bool is_max(int moment) {
+  return moment == BRANCH_MAX || moment == RESIDUAL_MAX || moment == OUTPUT_MAX;
+}
+
 // Adds the moments of other rows to `totals`.
 SPARSECOD_HOST_DEVICE void merge_moments(double* totals, const double* others) {
-  for (int i = 0; i < NUM_MOMENTS; ++i) {
-    const bool is_max = i == BRANCH_MAX || i == RESIDUAL_MAX || i == OUTPUT_MAX;
-    totals[i] = is_max ? larger(totals[i], others[i]) : totals[i] + others[i];
-  }
+  for (int i = 0; i < NUM_MOMENTS; ++i) totals[i] = is_max(i) ? larger(totals[i], others[i]) : totals[i] + others[i];
 }
 
 }  // namespace sparsecod

@@ -11,7 +11,9 @@ except ImportError as error:
     ) from error
 
 from sparsecod_mcore.ops.residual_add_moments import (
+    NUM_COLUMN_SUMS,
     NUM_MOMENTS,
+    ColumnSum,
     Moment,
     residual_add_moments,
     residual_add_moments_reference,
@@ -19,7 +21,9 @@ from sparsecod_mcore.ops.residual_add_moments import (
 from sparsecod_mcore.ops.swiglu_jvp import swiglu_jvp, swiglu_jvp_reference
 
 __all__ = [
+    "NUM_COLUMN_SUMS",
     "NUM_MOMENTS",
+    "ColumnSum",
     "Moment",
     "residual_add_moments",
     "residual_add_moments_reference",

@@ -1,7 +1,7 @@
 """The residual add that measures what it adds.
 
-y = f + h, with f = branch + bias what a layer's attention or MLP adds, and h the residual stream. The CPU
-kernel is csrc/cpu/residual_add_moments.cpp; CUDA tensors take the reference below.
+y = f + h, with f = branch + bias what a layer's attention or MLP adds, and h the residual stream. The kernels are
+csrc/cpu/residual_add_moments.cpp and csrc/cuda/residual_add_moments.cu, the maths of both csrc/common/moments.h.
 """
 
 from enum import IntEnum, auto
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsecod_mcore import _C
+from sparsecod_mcore.ops.cuda_build import register_cuda_fallback
 
 
 class Moment(IntEnum):
@@ -52,12 +53,30 @@ class Moment(IntEnum):
     TOKENS = auto()
 
 
+class ColumnSum(IntEnum):
+    """Row of the column sums [NUM_COLUMN_SUMS, D], float64; csrc/common/columns.h has the same list.
+
+    SHIFT is set by the caller, to values that float32 can hold, near the column's mean: the sums are those of powers of
+    y - SHIFT, and a mean that is large against the spread would cost their digits. Sums of one shift combine by
+    addition; from them and the number of tokens come the moments of each dimension (Eq. 19).
+    """
+
+    SHIFT = 0
+    FIRST = auto()
+    SECOND = auto()
+    THIRD = auto()
+    FOURTH = auto()
+
+
 NUM_MOMENTS = len(Moment)
+NUM_COLUMN_SUMS = len(ColumnSum)
 _OPERATOR = torch.ops.sparsecod.residual_add_moments.default
 _MAXIMA = slice(Moment.BRANCH_MAX, Moment.OUTPUT_MAX + 1, Moment.RESIDUAL_MAX - Moment.BRANCH_MAX)
 
 
-def residual_add_moments(branch: Tensor, residual: Tensor, moments: Tensor, bias: Tensor | None = None) -> Tensor:
+def residual_add_moments(
+    branch: Tensor, residual: Tensor, moments: Tensor, bias: Tensor | None = None, columns: Tensor | None = None
+) -> Tensor:
     """Return y = branch + bias + residual; add the moments of branch + bias, residual and y to `moments`.
 
     y is formed in float32 (float64 for float64), measured, and only then rounded to the inputs' dtype.
@@ -65,10 +84,12 @@ def residual_add_moments(branch: Tensor, residual: Tensor, moments: Tensor, bias
     `moments`, a recomputed forward as well; an empty input adds nothing.
 
     Args:
-        branch: [..., D], float32, bfloat16, float16 or float64, of any strides.
+        branch: [..., D], float32, bfloat16, float16, or on CPU float64; of any strides.
         residual: [..., D], of the shape, dtype and device of `branch`.
         moments: [NUM_MOMENTS], float64, contiguous, on the device of `branch`; indexed by `Moment`.
         bias: [D], of the dtype and device of `branch`, or None.
+        columns: [NUM_COLUMN_SUMS, D], float64, contiguous, on the device of `branch`; indexed by `ColumnSum`: power
+            sums of the columns of y are added to it. None does without, and is faster.
 
     Returns:
         y, contiguous, of the shape and dtype of `branch`.
@@ -76,14 +97,14 @@ def residual_add_moments(branch: Tensor, residual: Tensor, moments: Tensor, bias
     Raises:
         ValueError: names the argument that does not fit, what was given and what is accepted.
     """
-    return _OPERATOR(branch, residual, bias, moments)
+    return _OPERATOR(branch, residual, bias, moments, columns)
 
 
 def residual_add_moments_reference(
-    branch: Tensor, residual: Tensor, moments: Tensor, bias: Tensor | None = None
+    branch: Tensor, residual: Tensor, moments: Tensor, bias: Tensor | None = None, columns: Tensor | None = None
 ) -> Tensor:
     """`residual_add_moments` in plain PyTorch, for any device and without waiting for it."""
-    _C.check_residual_add_moments(branch, residual, bias, moments)
+    _C.check_residual_add_moments(branch, residual, bias, moments, columns)
     dtype = torch.float64 if branch.dtype == torch.float64 else torch.float32
     f, h = branch.to(dtype), residual.to(dtype)
     if bias is not None:
@@ -92,6 +113,9 @@ def residual_add_moments_reference(
     if y.numel() > 0:
         with torch.no_grad():
             _accumulate(moments, *(x.reshape(-1, x.shape[-1]) for x in (f, h, y)))
+            if columns is not None:
+                distance_ND = y.reshape(-1, y.shape[-1]).double() - columns[ColumnSum.SHIFT]
+                columns[ColumnSum.FIRST :] += torch.stack([(distance_ND**power).sum(0) for power in (1, 2, 3, 4)])
     return y.to(branch.dtype).contiguous()
 
 
@@ -119,6 +143,10 @@ def _accumulate(moments: Tensor, *operands_ND: Tensor) -> None:
     moments[Moment.TOKENS] += len(operands_ND[0])
 
 
-@torch.library.impl("sparsecod::residual_add_moments", "CUDA")
-def _on_cuda(branch: Tensor, residual: Tensor, bias: Tensor | None, moments: Tensor) -> Tensor:
-    return residual_add_moments_reference(branch, residual, moments, bias)
+def _reference_of_schema(
+    branch: Tensor, residual: Tensor, bias: Tensor | None, moments: Tensor, columns: Tensor | None
+) -> Tensor:
+    return residual_add_moments_reference(branch, residual, moments, bias, columns)
+
+
+register_cuda_fallback("residual_add_moments", _reference_of_schema)

@@ -21,6 +21,7 @@ FLAGS = (
     "-U_FORTIFY_SOURCE",  # its longjmp does not know fibers
     "-fsanitize=alignment,bounds",  # reported by emulator.cpp
     "-Wall",
+    "-Wno-sign-compare",
     "-Wno-unknown-pragmas",
 )
 

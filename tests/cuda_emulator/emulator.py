@@ -18,6 +18,13 @@ GUARD = 1 << 20  # bytes
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+class Scratch:
+    """Memory for a kernel's own use, of so many bytes."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
 class LaunchError(Exception):
     """A launch that failed, or results that depend on the order in which threads run."""
 
@@ -64,7 +71,7 @@ class Emulator:
         """Call a launcher in every order, and return what it left in `results`.
 
         Arguments are tensors (contiguous ones, copied to guarded memory and passed as pointers), None (a null
-        pointer), a torch.dtype, int (64 bits), float (32 bits), or ctypes values. Those that are among `results` are
+        pointer), Scratch, a torch.dtype, int (64 bits), float (32 bits), or ctypes values. Those that are among `results` are
         written; their content is passed in. The stream comes last, by itself.
         """
         runs = [self._launch_in_order(order, launcher, arguments, results) for order in ORDERS]
@@ -78,6 +85,7 @@ class Emulator:
         self, order: int, launcher: str, arguments: Sequence[object], results: Sequence[Tensor]
     ) -> list[Tensor]:
         memory: dict[int, Guarded] = {}
+        scratch: list[Guarded] = []
 
         def passed(argument: object) -> object:
             match argument:
@@ -87,6 +95,9 @@ class Emulator:
                         memory[id(argument)] = Guarded(argument.numel() * argument.element_size())
                         memory[id(argument)].write(argument)
                     return ctypes.c_void_p(memory[id(argument)].address)
+                case Scratch():
+                    scratch.append(Guarded(argument.size))
+                    return ctypes.c_void_p(scratch[-1].address)
                 case None:
                     return ctypes.c_void_p(None)
                 case torch.dtype():

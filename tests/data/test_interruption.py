@@ -92,7 +92,9 @@ def test_killed_twice_and_run_again(
 
 
 def test_an_interrupt_ends_with_one_line(long_corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
-    tool = [sys.executable, str(REPOSITORY / "tools" / "preprocess_data.py"), str(long_corpus)]
+    corpus = tmp_path / "longer.jsonl"  # so long that a busy machine does not miss the moment
+    corpus.write_bytes(long_corpus.read_bytes() * 20)
+    tool = [sys.executable, str(REPOSITORY / "tools" / "preprocess_data.py"), str(corpus)]
     process = subprocess.Popen(
         [*tool, "--tokenizer", str(tokenizer_path), "--output", str(tmp_path / "data"), "--workers", "2"],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},

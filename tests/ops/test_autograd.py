@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from sparsecod_mcore.ops import Moment, residual_add_moments, residual_add_moments_reference
+from sparsecod_mcore.ops import NUM_COLUMN_SUMS, Moment, residual_add_moments, residual_add_moments_reference
 from tests.ops import oracle
 
 ROWS, WIDTH = 6, 24
@@ -82,12 +82,14 @@ def test_autograd_sees_that_the_moments_change():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(dtype, has_bias, requires_grad):
+@pytest.mark.parametrize("has_columns", [False, True])
+def test_opcheck(dtype, has_bias, requires_grad, has_columns):
+    columns = torch.zeros(NUM_COLUMN_SUMS, WIDTH, dtype=torch.float64) if has_columns else None
     branch, residual, bias = inputs(dtype, requires_grad)
     operator = torch.ops.sparsecod.residual_add_moments.default
-    torch.library.opcheck(operator, (branch, residual, bias if has_bias else None, oracle.no_moments()))
+    torch.library.opcheck(operator, (branch, residual, bias if has_bias else None, oracle.no_moments(), columns))
     transposed = branch.detach().transpose(0, 1).requires_grad_(requires_grad)
-    torch.library.opcheck(operator, (transposed, residual.view(3, 2, WIDTH), None, oracle.no_moments()))
+    torch.library.opcheck(operator, (transposed, residual.view(3, 2, WIDTH), None, oracle.no_moments(), columns))
 
 
 def test_meta_tensors_have_the_shape_and_no_values():

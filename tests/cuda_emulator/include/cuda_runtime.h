@@ -157,6 +157,8 @@ T atomicAdd(T* address, T value) {
 template <typename T>
 T __ldg(const T* address) { return *address; }
 template <typename T>
+T __ldcg(const T* address) { return *address; }
+template <typename T>
 T __ldcs(const T* address) { return *address; }
 template <typename T>
 void __stcs(T* address, T value) { *address = value; }
@@ -177,6 +179,7 @@ inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline int __ffs(unsigned x) { return __builtin_ffs(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 template <typename T>
 T min(T a, T b) { return b < a ? b : a; }
