@@ -1,4 +1,4 @@
-# make demo | test | check | test-slow | build | clean. Each target makes what it needs; a second call installs nothing.
+# make demo | test | check | test-slow | gpu-check | build | clean. Each target makes what it needs; a second call installs nothing.
 
 PYTHON := .venv/bin/python
 EXTENSION_SOURCES := setup.py $(shell find csrc -type f)
@@ -10,13 +10,14 @@ TOKENIZER :=
 # Tests at a time. Each may start a job of four processes.
 TEST_JOBS := 2
 
-.PHONY: help demo test test-slow check build clean
+.PHONY: help demo test test-slow check gpu-check build clean
 
 help:
 	@echo "make demo       train a small model and picture its variance (CORPUS=path TOKENIZER=path to use your own)"
 	@echo "make test       run the tests that take seconds"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make check      lint, formatting and types"
+	@echo "make gpu-check  on a machine with a GPU: build, test, sanitize and benchmark the kernels (PYTHON=python3: without .venv)"
 	@echo "make build      make .venv and build the extension, nothing more"
 	@echo "make clean      remove what was built; .venv and runs/ stay"
 
@@ -24,7 +25,7 @@ demo: build
 	$(PYTHON) tools/demo.py $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)")
 
 test: build
-	$(PYTHON) -m pytest -q -n $(TEST_JOBS) --dist worksteal -m "not slow" --durations=10
+	$(PYTHON) -m pytest -q -n $(TEST_JOBS) --dist worksteal -m "not slow and not gpu" --durations=10
 
 test-slow: build
 	$(PYTHON) -m pytest -q -m slow --durations=10
@@ -33,6 +34,10 @@ check: build
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
+
+# An interpreter that is named on the command line has to have the dependencies, and may do without nvcc.
+gpu-check: $(if $(filter .venv/%,$(PYTHON)),.venv/.dependencies)
+	@$(PYTHON) benchmarks/gpu_check.py
 
 build: .venv/.installed
 
