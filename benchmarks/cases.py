@@ -1,20 +1,21 @@
 """What is timed of each operator: one entry each, for those that exist.
 
-An entry makes inputs of a shape and lists ways to compute the same: ours, the composite in plain PyTorch, that composite
-through torch.compile, and what else there is to be compared with. Peers that are not installed are left out.
+An entry makes inputs of a shape and lists ways to compute the same: ours, the composite in plain PyTorch, that
+composite through torch.compile, and what else there is to be compared with. Peers that are not installed are left out.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sparsecod_mcore import ops
+ops: Any = import_module("sparsecod_mcore.ops")  # may be an older build, which lacks some
 
 Shape = tuple[int, ...]
 Inputs = tuple[Any, ...]

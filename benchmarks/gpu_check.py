@@ -108,8 +108,8 @@ def build(check: Check) -> None:
         check.skip("build", "there is no nvcc: using the extension that is here")
     if python("import sparsecod_mcore.ops; print(sparsecod_mcore._C.HAS_CUDA)") != "True":
         raise UserError(
-            "the extension of sparsecod_mcore does not load here or has no CUDA kernels, and no nvcc was found to build "
-            "it: put nvcc on PATH or set CUDA_HOME, or bring an extension that was built with SPARSECOD_CUDA=on"
+            "the extension of sparsecod_mcore does not load here or has no CUDA kernels: put nvcc on PATH or set "
+            "CUDA_HOME, or bring an extension that was built with SPARSECOD_CUDA=on"
         )
 
 

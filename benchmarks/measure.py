@@ -1,4 +1,4 @@
-"""How benchmarks time: several ways in turn on rotating inputs, against rates of the machine measured in the same run."""
+"""How benchmarks time: ways in turn, on rotating inputs, against rates of the machine measured in the same run."""
 
 import platform
 import random

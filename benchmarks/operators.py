@@ -1,9 +1,9 @@
 """Times every operator beside plain PyTorch, torch.compile and, where installed, its best public peer.
 
-All ways of a row run in the same process and take turns, on random inputs that rotate through more memory than the cache
-holds. Times are medians with their 20th and 80th percentiles; `/ ours` is the median over rounds of a way's time over
-ours. GB/s count the bytes that the operator cannot avoid to move and TFLOP/s the products of the visible scores, whatever a
-way does instead; the share is of a copy's bandwidth, or a matrix product's rate, measured in the same run.
+All ways of a row run in the same process and take turns, on random inputs that rotate through more memory than the
+cache holds. Times are medians with their 20th and 80th percentiles; `/ ours` is the median over rounds of a way's time
+over ours. GB/s count the bytes that the operator cannot avoid to move and TFLOP/s the products of the visible scores,
+whatever a way does instead; the share is of a copy's bandwidth, or a matrix product's rate, measured in the same run.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-sys.path[0] = str(Path(__file__).parents[1])
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where nothing is installed
 
 from benchmarks.cases import BENCHMARKS, OURS, Benchmark, Inputs, Shape, Way, existing
 from benchmarks.measure import CACHES, Peaks, Spread, cache_bytes, machine, measure_peaks, time_in_turn
