@@ -11,7 +11,16 @@ from pathlib import Path
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 CACHE = REPOSITORY / "build" / "cuda_emulator"
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-DSPARSECOD_EMULATOR", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Wno-sign-compare")
+FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-fPIC",
+    "-DSPARSECOD_EMULATOR",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-sign-compare",
+)
 
 
 def kernel_sources(csrc: Path = REPOSITORY / "csrc") -> list[Path]:

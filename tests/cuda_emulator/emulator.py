@@ -67,8 +67,8 @@ class Emulator:
         """Call a launcher in every order, and return what it left in `results`.
 
         Arguments are tensors (contiguous ones, copied to guarded memory and passed as pointers), None (a null
-        pointer), Scratch, a torch.dtype, int (64 bits), float (32 bits), or ctypes values. Those that are among `results` are
-        written; their content is passed in. The stream comes last, by itself.
+        pointer), Scratch, a torch.dtype, int (64 bits), float (32 bits), or ctypes values. Those that are among
+        `results` are written; their content is passed in. The stream comes last, by itself.
         """
         runs = [self._launch_in_order(order, launcher, arguments, results) for order in ORDERS]
         for order, run in zip(ORDERS[1:], runs[1:], strict=True):

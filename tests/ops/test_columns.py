@@ -92,9 +92,7 @@ def test_float64_and_gradients() -> None:
     case = outlier_dimensions(20, 33).to(torch.float64)
     y_ND = case.branch + case.bias + case.residual
     columns = column_sums(y_ND.mean(0))
-    output = residual_add_moments(
-        case.branch.requires_grad_(), case.residual, oracle.no_moments(), case.bias, columns
-    )
+    output = residual_add_moments(case.branch.requires_grad_(), case.residual, oracle.no_moments(), case.bias, columns)
     output.sum().backward()
     assert torch.equal(case.branch.grad, torch.ones_like(case.branch))
     distance_ND = y_ND - columns[ColumnSum.SHIFT]
