@@ -31,6 +31,13 @@ def add_cod_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         help="Measure every n-th step; 0 measures none. Default: every step.",
     )
     group.add_argument(
+        "--cod-kurtosis-interval",
+        type=_non_negative,
+        default=100,
+        help="Of the measured steps, those that are multiples of n also measure single dimensions of the residual "
+        "stream (kurtosis, Eq. 19 and 20); 0 for none. Default: 100.",
+    )
+    group.add_argument(
         "--cod-data", help="Prefix of a dataset made by tools/preprocess_data.py: its train and valid parts."
     )
     group.add_argument(

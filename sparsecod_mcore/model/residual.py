@@ -14,14 +14,18 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from sparsecod_mcore.ops import residual_add_moments
 
 ATTENTION_ADD, MLP_ADD = 0, 1  # index of a layer's two residual adds, in the order they run
+ADDS_PER_LAYER = 2
 
 type Add = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor]
 
 
-class MomentsSource(Protocol):
-    """Where a residual add finds the moments it adds to; None when the running step is not measured."""
+class SumsSource(Protocol):
+    """Where a residual add finds the sums it adds to; None when the running step does not measure them."""
 
     def moments(self, layer: int, add: int) -> torch.Tensor | None: ...
+
+    def columns(self, layer: int, add: int, mean: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        """`mean` gives the mean [D] over tokens of what is about to be added."""
 
 
 class MeasuredResidualAdd(torch.nn.Module):
@@ -33,19 +37,18 @@ class MeasuredResidualAdd(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._source: MomentsSource | None = None
+        self._source: SumsSource | None = None
         self._layer = -1
         self._add = -1
 
-    def bind(self, source: MomentsSource, layer: int, add: int) -> None:
+    def bind(self, source: SumsSource, layer: int, add: int) -> None:
         """Measure into `source` as residual add `add` of layer `layer`, counted from 0 over the whole model."""
         self._source, self._layer, self._add = source, layer, add
 
     def forward(self, training: bool, fused: bool) -> Add:
         """Megatron's protocol: return the function that adds. `fused` is moot, the add is one kernel anyway."""
-        moments = None
-        if self._source is not None and training:
-            moments = self._source.moments(self._layer, self._add)
+        source = self._source if training else None
+        moments = None if source is None else source.moments(self._layer, self._add)
 
         def add(
             branch_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float
@@ -60,14 +63,19 @@ class MeasuredResidualAdd(torch.nn.Module):
                 branch = torch.nn.functional.dropout(branch, p=dropout)
             # Under full recomputation Megatron enables gradients around the add in both forwards; what the branch
             # carries tells them apart.
-            if moments is not None and branch.requires_grad and torch.is_grad_enabled():
-                return residual_add_moments(branch, residual, moments)
+            if source is not None and moments is not None and branch.requires_grad and torch.is_grad_enabled():
+                columns = source.columns(self._layer, self._add, lambda: _token_mean(branch) + _token_mean(residual))
+                return residual_add_moments(branch, residual, moments, columns=columns)
             return residual + branch
 
         return add
 
 
-def bind_residual_adds(model_chunks: Sequence[MegatronModule], source: MomentsSource) -> None:
+def _token_mean(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().flatten(0, -2).mean(0, dtype=torch.float32)
+
+
+def bind_residual_adds(model_chunks: Sequence[MegatronModule], source: SumsSource) -> None:
     """Bind the residual adds of all decoder layers in `model_chunks` to `source`."""
     for chunk in model_chunks:
         for layer in chunk.decoder.layers:

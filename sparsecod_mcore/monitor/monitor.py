@@ -1,5 +1,6 @@
 """The monitor: decides which steps are measured, reduces what they left in the buffer, hands it to the sinks."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -7,13 +8,16 @@ from megatron.core.transformer.module import MegatronModule
 
 from sparsecod_mcore.model.residual import bind_residual_adds
 from sparsecod_mcore.monitor.buffer import MomentsBuffer
-from sparsecod_mcore.monitor.reduction import reduce_over_ranks
+from sparsecod_mcore.monitor.columns import ColumnsBuffer, DimensionMoments
+from sparsecod_mcore.monitor.dimensions import DimensionSink
+from sparsecod_mcore.monitor.reduction import reduce_columns, reduce_over_ranks
 from sparsecod_mcore.monitor.sinks import Sink
 from sparsecod_mcore.monitor.statistics import LayerStatistics, layer_statistics
+from sparsecod_mcore.ops import Moment
 
 
 class Monitor:
-    """Statistics of every `stats_interval`-th training step.
+    """Statistics of every `stats_interval`-th training step, and of single dimensions of the stream in some of them.
 
     Steps only accumulate on the device. `collect`, called by every rank at the log interval, reduces all measured steps
     at once, copies them to the host, and feeds the sinks of the rank that writes.
@@ -22,19 +26,30 @@ class Monitor:
     def __init__(
         self,
         num_layers: int,
+        hidden_size: int,
         *,
         stats_interval: int,
+        kurtosis_interval: int,
         log_interval: int,
         replicated: bool,
         device: torch.types.Device,
     ) -> None:
-        """`replicated` as in `holds_replicated_tokens`; intervals are in steps; `stats_interval` 0 is never."""
+        """`replicated` as in `holds_replicated_tokens`; intervals are in steps; 0 is never.
+
+        Single dimensions are measured where `stats_interval` and `kurtosis_interval` meet.
+        """
         self.stats_interval = stats_interval
+        self.kurtosis_interval = kurtosis_interval if stats_interval else 0
         self.sinks: Sequence[Sink] = ()
+        self.dimension_sink: DimensionSink | None = None
         self._replicated = replicated
         self._tokens: dict[int, int] = {}
         measured_per_log = 1 if not stats_interval else -(-log_interval // stats_interval)
-        self._buffer = MomentsBuffer(measured_per_log, num_layers, device)
+        self._columns: ColumnsBuffer | None = None
+        if self.kurtosis_interval:
+            together = math.lcm(stats_interval, self.kurtosis_interval)
+            self._columns = ColumnsBuffer(-(-log_interval // together), num_layers, hidden_size, device)
+        self._buffer = MomentsBuffer(measured_per_log, num_layers, device, self._columns)
 
     def bind(self, model_chunks: Sequence[MegatronModule]) -> None:
         """Let the residual adds of these model chunks measure into this monitor."""
@@ -48,7 +63,8 @@ class Monitor:
     def begin_step(self, iteration: int) -> None:
         """Called before the forward passes of `iteration` (counted from 1)."""
         if self.stats_interval and iteration % self.stats_interval == 0:
-            self._buffer.begin(iteration)
+            with_columns = self.kurtosis_interval > 0 and iteration % self.kurtosis_interval == 0
+            self._buffer.begin(iteration, with_columns=with_columns)
 
     def end_step(self, iteration: int, tokens: int) -> None:
         """Called after the last backward pass of `iteration`, by which `tokens` have been trained on in all."""
@@ -67,13 +83,30 @@ class Monitor:
         moments_ILAM = reduce_over_ranks(
             self._buffer.moments_ILAM[: len(iterations)], replicated=self._replicated
         ).cpu()
+        dimensions = self._collect_dimensions()
         self._buffer.clear()
         collected = {i: layer_statistics(moments) for i, moments in zip(iterations, moments_ILAM, strict=True)}
+        for iteration, moments in dimensions.items():
+            collected[iteration] |= moments.statistics()
+            if self.dimension_sink is not None:
+                self.dimension_sink.append(iteration, self._tokens[iteration], moments)
         for iteration, statistics in collected.items():
             for sink in self.sinks:
                 sink.append(iteration, self._tokens[iteration], statistics)
         self._tokens.clear()
         return collected
+
+    def _collect_dimensions(self) -> dict[int, DimensionMoments]:
+        if self._columns is None:
+            return {}
+        slots = [self._buffer.iterations.index(iteration) for iteration in self._columns.iterations]
+        tokens_ILA = self._buffer.moments_ILAM[slots, ..., Moment.TOKENS]
+        return {
+            iteration: reduce_columns(sums_LACD, tokens_LA, replicated=self._replicated)
+            for iteration, sums_LACD, tokens_LA in zip(
+                self._columns.iterations, self._columns.sums_ILACD, tokens_ILA, strict=False
+            )
+        }
 
     def flush(self) -> None:
         """Make durable what the sinks were given: at every checkpoint, and when training ends."""

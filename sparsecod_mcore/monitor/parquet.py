@@ -12,6 +12,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,8 +68,8 @@ class ParquetSink:
         self._rows_per_part = rows_per_part
         self._seconds_per_part = seconds_per_part
         self._last_iteration = resume_iteration
-        self._series_S: tuple[tuple[str, str], ...] = ()
-        self._held = _Held([], [], [])
+        self._held: list[_Held] = []
+        self._held_rows = 0
         self._held_since = 0.0
         directory.mkdir(parents=True, exist_ok=True)
         for leftover in directory.glob(temporary(directory / "part-*").name):
@@ -80,45 +81,42 @@ class ParquetSink:
     def append(self, iteration: int, tokens: int, statistics: StatisticsByLayer) -> None:
         """Take the statistics of one iteration, after which `tokens` training tokens are consumed.
 
-        Raises ValueError for an iteration that is not past all before, or whose series are not theirs.
+        Iterations may differ in what series they have. Raises ValueError for one that is not past all before.
         """
         if iteration <= self._last_iteration:
             raise ValueError(f"iteration {iteration} is not past iteration {self._last_iteration}")
-        self._series_S = self._series_S or tuple(statistics)
-        if tuple(statistics) != self._series_S:
-            raise ValueError(f"iteration {iteration} has other statistics than the iterations before it")
-        if not self._held.iterations:
+        if not self._held:
             self._held_since = time.monotonic()
         values_SL = np.array([np.asarray(values_L) for values_L in statistics.values()], dtype=np.float64)
-        self._held.iterations.append(iteration)
-        self._held.tokens.append(tokens)
-        self._held.values_SL.append(values_SL)
+        self._held.append(_Held(iteration, tokens, tuple(statistics), values_SL))
+        self._held_rows += values_SL.size
         self._last_iteration = iteration
-        num_rows = len(self._held.iterations) * values_SL.size
-        if num_rows >= self._rows_per_part or time.monotonic() - self._held_since >= self._seconds_per_part:
+        if self._held_rows >= self._rows_per_part or time.monotonic() - self._held_since >= self._seconds_per_part:
             self.flush()
 
     def flush(self) -> None:
         """Write the rows held in memory as one durable part."""
-        held = self._held
-        if not held.iterations:
+        if not self._held:
             return
-        part = self._directory / _part_name(held.iterations[0], held.iterations[-1])
-        _write(_rows(self._series_S, held), part)
-        self._held = _Held([], [], [])
+        part = self._directory / _part_name(self._held[0].iteration, self._held[-1].iteration)
+        alike = [_rows(list(group)) for _, group in groupby(self._held, key=lambda held: held.series_S)]
+        _write(pa.concat_tables(alike).unify_dictionaries(), part)
+        self._held, self._held_rows = [], 0
 
 
 class _Held(NamedTuple):
-    """Iterations that wait to be written."""
+    """An iteration that waits to be written."""
 
-    iterations: list[int]
-    tokens: list[int]
-    values_SL: list[npt.NDArray[np.float64]]
+    iteration: int
+    tokens: int
+    series_S: tuple[tuple[str, str], ...]
+    values_SL: npt.NDArray[np.float64]
 
 
-def _rows(series_S: Sequence[tuple[str, str]], held: _Held) -> pa.Table:
-    """The held iterations as rows: by iteration, then layer, then series."""
-    values_ILS = np.stack(held.values_SL).transpose(0, 2, 1)
+def _rows(held: Sequence[_Held]) -> pa.Table:
+    """Iterations of the same series as rows: by iteration, then layer, then series."""
+    series_S = held[0].series_S
+    values_ILS = np.stack([one.values_SL for one in held]).transpose(0, 2, 1)
     num_iterations, num_layers, num_series = values_ILS.shape
     rows_per_iteration = num_layers * num_series
 
@@ -128,8 +126,8 @@ def _rows(series_S: Sequence[tuple[str, str]], held: _Held) -> pa.Table:
         return pa.DictionaryArray.from_arrays(indices, distinct.tolist())
 
     columns = [
-        np.repeat(held.iterations, rows_per_iteration),
-        np.repeat(held.tokens, rows_per_iteration),
+        np.repeat([one.iteration for one in held], rows_per_iteration),
+        np.repeat([one.tokens for one in held], rows_per_iteration),
         np.tile(np.repeat(np.arange(num_layers, dtype=np.int32), num_series), num_iterations),
         names(stream for stream, _ in series_S),
         names(statistic for _, statistic in series_S),

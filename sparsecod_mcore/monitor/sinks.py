@@ -13,14 +13,18 @@ class Sink(Protocol):
     def flush(self) -> None: ...
 
 
-def variance_scalars(statistics: LayerStatistics) -> dict[str, float]:
-    """Scalars worth a live curve: variance of every layer and stream, and the last-layer variance (Eq. 4 of h_L)."""
+def live_scalars(statistics: LayerStatistics) -> dict[str, float]:
+    """Scalars worth a live curve: variance of every layer and stream, the last-layer variance (Eq. 4 of h_L), and where
+    it was measured the kurtosis of every layer's output (Eq. 20)."""
     scalars = {
         f"variance/{stream}/layer_{layer:03d}": value
         for stream in STREAMS
         for layer, value in enumerate(statistics[stream, "variance"].tolist())
     }
     scalars["variance/last_layer"] = statistics["layer_output", "variance"][-1].item()
+    if ("layer_output", "dimension_kurtosis") in statistics:
+        for layer, value in enumerate(statistics["layer_output", "dimension_kurtosis"].tolist()):
+            scalars[f"kurtosis/layer_output/layer_{layer:03d}"] = value
     return scalars
 
 
@@ -31,7 +35,7 @@ class TensorBoardSink:
         self._writer = writer
 
     def append(self, iteration: int, tokens: int, statistics: LayerStatistics) -> None:
-        for tag, value in variance_scalars(statistics).items():
+        for tag, value in live_scalars(statistics).items():
             self._writer.add_scalar(tag, value, iteration)
 
     def flush(self) -> None:
@@ -50,7 +54,7 @@ class WandbSink:
 
     def append(self, iteration: int, tokens: int, statistics: LayerStatistics) -> None:
         if iteration % self._log_interval == 0:
-            self._wandb.log({"tokens": tokens, **variance_scalars(statistics)}, iteration)
+            self._wandb.log({"tokens": tokens, **live_scalars(statistics)}, iteration)
 
     def flush(self) -> None:
         """W&B uploads on its own."""

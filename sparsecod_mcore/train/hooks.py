@@ -18,6 +18,7 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from megatron.training import get_tensorboard_writer, get_wandb_writer, training
 
 from sparsecod_mcore.errors import UserError
+from sparsecod_mcore.monitor.dimensions import DimensionSink
 from sparsecod_mcore.monitor.monitor import Monitor
 from sparsecod_mcore.monitor.parquet import ParquetSink
 from sparsecod_mcore.monitor.sinks import Sink, TensorBoardSink, WandbSink
@@ -96,6 +97,7 @@ class TrainingHooks:
         if (wandb := get_wandb_writer()) is not None:
             sinks.append(WandbSink(wandb, self.args.log_interval))
         self.monitor.sinks = sinks
+        self.monitor.dimension_sink = DimensionSink(self.run.dimensions, iteration)
 
     def train_step(self, original: Callable[..., Any], *args: Any, iteration: int, **kwargs: Any) -> Any:
         """Measure the step. Megatron counts the iterations that are done; this one is the next."""

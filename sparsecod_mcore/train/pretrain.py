@@ -121,7 +121,9 @@ def _train(args: Namespace, run: RunDirectory, say: Say) -> None:
         """Runs once the model is built, when ranks, groups and device are known."""
         monitor = Monitor(
             args.num_layers,
+            args.hidden_size,
             stats_interval=args.cod_stats_interval,
+            kurtosis_interval=args.cod_kurtosis_interval,
             log_interval=args.log_interval,
             replicated=holds_replicated_tokens(args.sequence_parallel),
             device=torch.cuda.current_device(),

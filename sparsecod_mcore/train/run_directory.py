@@ -10,12 +10,13 @@ import yaml
 from sparsecod_mcore.config import read_config
 from sparsecod_mcore.errors import UserError
 
-# What may change when a run goes on: how it is spread over processes, logged, saved and stopped.
 OVERRIDE = "override_opt_param_scheduler"
+# What may change when a run goes on: how it is spread over processes, logged, saved and stopped.
 FREE_TO_CHANGE = (
     OVERRIDE,
     "cod.run_dir",
     "cod.stats_interval",
+    "cod.kurtosis_interval",
     "cod.verbose",
     "micro_batch_size",
     "num_workers",
@@ -69,6 +70,7 @@ class RunDirectory:
         self.config = path / "config.yaml"
         self.checkpoints = path / "checkpoints"
         self.stats = path / "stats"
+        self.dimensions = path / "dimensions"
         self.tensorboard = path / "tensorboard"
         self.log = path / "log.jsonl"
 

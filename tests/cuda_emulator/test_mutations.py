@@ -1,8 +1,9 @@
 """Proof that the emulator notices a broken kernel: each entry breaks a copy of one, which must then fail.
 
-To add a kernel: write its launch, which runs it on a small input and checks the result, and list what to break.
+To add a kernel: write its launch, which runs it on small inputs and checks the results, and list what to break.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsecod_mcore.ops import swiglu_jvp_reference
+from sparsecod_mcore.ops import NUM_COLUMN_SUMS, residual_add_moments_reference, swiglu_jvp_reference
+from tests.cuda_emulator import operators
 from tests.cuda_emulator.build import HERE, REPOSITORY, build
 from tests.cuda_emulator.emulator import Emulator, LaunchError, garbage
 
@@ -37,54 +39,99 @@ def swiglu_jvp(emulator: Emulator) -> None:
             torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
 
 
-@dataclass
+def residual_add_moments(emulator: Emulator) -> None:
+    # A row for a warp (and rows for two blocks of records), for a block, and for neither; one row for the checked way.
+    for rows, width, with_columns in ((150, 8, False), (9, 520, False), (17, 136, True), (50, 33, True)):
+        branch, residual = torch.randn(2, rows, width)
+        residual[rows // 2] += 1000
+        found, expected = torch.zeros(2, 20, dtype=torch.float64)
+        columns = torch.zeros(2, NUM_COLUMN_SUMS, width, dtype=torch.float64) if with_columns else (None, None)
+        output = operators.residual_add_moments(branch, residual, found, None, columns[0], by=emulator)
+        assert torch.equal(output, residual_add_moments_reference(branch, residual, expected, None, columns[1]))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        if with_columns:
+            torch.testing.assert_close(columns[0], columns[1], rtol=1e-4, atol=1e-2)
+
+
+@dataclass(frozen=True)
 class Mutation:
-    """In `file`, `text`, which occurs once, becomes `replacement`; `launch` then has to fail."""
+    """In `file`, `text`, which occurs once, becomes `replacement`; `launch` of `kernel` (default: file) has to fail."""
 
     file: Path
     launch: Callable[[Emulator], None]
     text: str
-    replacement: str
+    replacement: str = ""
+    kernel: Path | None = None
 
     def __str__(self) -> str:
-        return f"{self.file.stem}: {self.text} -> {self.replacement or 'nothing'}"
+        return f"{self.file.stem}: {self.text.strip()} -> {self.replacement.strip() or 'nothing'}"
+
+    @property
+    def source(self) -> Path:
+        return self.kernel or self.file
 
 
 SUMS = HERE / "kernels" / "sums.cu"
 CUDA = REPOSITORY / "csrc" / "cuda"
+SWIGLU = CUDA / "swiglu_jvp.cu"
+ADD = CUDA / "residual_add_moments.cu"
+BARRIER = "  __syncthreads();\n"
 
 MUTATIONS = [
-    Mutation(SUMS, row_sums, "__syncthreads();  // of_warps is written", ""),
-    Mutation(SUMS, row_sums, "__syncthreads();  // of_warps has been read", ""),
+    Mutation(SUMS, row_sums, "__syncthreads();  // of_warps is written"),
+    Mutation(SUMS, row_sums, "__syncthreads();  // of_warps has been read"),
     Mutation(SUMS, row_sums, "row < rows", "row <= rows"),
     Mutation(SUMS, row_sums, "row < rows", "row < rows - 1"),
     Mutation(SUMS, row_sums, "column < width", "column <= width"),
     Mutation(SUMS, row_sums, "column < width", "column < width - 1"),
-    Mutation(SUMS, reverse_in_warps, "__syncwarp();", ""),
-    Mutation(CUDA / "swiglu_jvp.cu", swiglu_jvp, "i < packs;", "i <= packs;"),
-    Mutation(CUDA / "swiglu_jvp.cu", swiglu_jvp, "i < packs;", "i < packs - 1;"),
-    Mutation(CUDA / "swiglu_jvp.cu", swiglu_jvp, "at + row * width, up_at", "at + (row + 1) * width, up_at"),
-    Mutation(CUDA / "swiglu_jvp.cu", swiglu_jvp, "packed = in_packs", "packed = true || in_packs"),
+    Mutation(SUMS, reverse_in_warps, "__syncwarp();"),
+    Mutation(SWIGLU, swiglu_jvp, "i < packs;", "i <= packs;"),
+    Mutation(SWIGLU, swiglu_jvp, "i < packs;", "i < packs - 1;"),
+    Mutation(SWIGLU, swiglu_jvp, "at + row * width, up_at", "at + (row + 1) * width, up_at"),
+    Mutation(SWIGLU, swiglu_jvp, "packed = in_packs", "packed = true || in_packs"),
+    Mutation(CUDA / "group.h", residual_add_moments, "    __syncthreads();\n", kernel=ADD),
+    Mutation(
+        ADD, residual_add_moments, f"{BARRIER}  if (threadIdx.x < NUM_OPERANDS)", "  if (threadIdx.x < NUM_OPERANDS)"
+    ),
+    Mutation(
+        ADD, residual_add_moments, f"{BARRIER}  if (threadIdx.x < NUM_MOMENTS)", "  if (threadIdx.x < NUM_MOMENTS)"
+    ),
+    Mutation(ADD, residual_add_moments, f"gridDim.x - 1;\n{BARRIER}", "gridDim.x - 1;\n"),
+    Mutation(ADD, residual_add_moments, f"  {BARRIER}    if (threadIdx.y > 0)", "    if (threadIdx.y > 0)"),
+    Mutation(ADD, residual_add_moments, "Group::index(); row < rows.count;", "Group::index(); row <= rows.count;"),
+    Mutation(ADD, residual_add_moments, "Group::index(); row < rows.count;", "Group::index(); row < rows.count - 1;"),
+    Mutation(ADD, residual_add_moments, "present = row < rows.count", "present = row <= rows.count"),
+    Mutation(
+        ADD, residual_add_moments, "column = first; column < rows.width;", "column = first; column <= rows.width;"
+    ),
 ]
+
+
+def emulator_of(source: Path, folder: Path, broken: Mutation | None = None) -> Emulator:
+    """Return an emulator of one kernel, compiled from a copy of all sources in which a mutation has been made."""
+    csrc = folder / "csrc"
+    shutil.copytree(REPOSITORY / "csrc", csrc)
+    copies = {source: csrc / "cuda" / source.name}
+    shutil.copy(source, copies[source])
+    if broken is not None:
+        copy = copies.get(broken.file, csrc / "cuda" / broken.file.name)
+        text = copy.read_text()
+        assert text.count(broken.text) == 1, f"{broken.file.name} no longer has this once: {broken.text}"
+        copy.write_text(text.replace(broken.text, broken.replacement))
+    return Emulator(build(csrc, [copies[source]]))
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_a_broken_kernel_fails(mutation: Mutation, tmp_path: Path):
     torch.manual_seed(0)
-    source = mutation.file.read_text()
-    assert source.count(mutation.text) == 1, f"{mutation.file.name} no longer has this once: {mutation.text}"
-    broken = tmp_path / mutation.file.name
-    broken.write_text(source.replace(mutation.text, mutation.replacement))
-    emulator = Emulator(build(sources=[broken]))
+    emulator = emulator_of(mutation.source, tmp_path, mutation)
     with pytest.raises((LaunchError, AssertionError)):
         mutation.launch(emulator)
 
 
-@pytest.mark.parametrize("file", sorted({mutation.file for mutation in MUTATIONS}), ids=lambda file: file.stem)
-def test_the_same_kernel_unbroken_passes(file: Path, tmp_path: Path):
+@pytest.mark.parametrize("source", sorted({mutation.source for mutation in MUTATIONS}), ids=lambda source: source.stem)
+def test_the_same_kernel_unbroken_passes(source: Path, tmp_path: Path):
     torch.manual_seed(0)
-    copy = tmp_path / file.name
-    copy.write_text(file.read_text())
-    emulator = Emulator(build(sources=[copy]))
-    for launch in dict.fromkeys(mutation.launch for mutation in MUTATIONS if mutation.file == file):
+    emulator = emulator_of(source, tmp_path)
+    for launch in dict.fromkeys(mutation.launch for mutation in MUTATIONS if mutation.source == source):
         launch(emulator)

@@ -28,7 +28,7 @@ def dense_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def moe_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("configs") / "tiny_moe.yaml"
-    path.write_text(TINY + TINY_MOE)
+    path.write_text(TINY_MOE + TINY)
     return path
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from sparsecod_mcore.monitor.parquet import read_statistics
 
@@ -49,7 +51,10 @@ eval_interval: 1000
 eval_iters: 1
 num_workers: 0
 seed: 1234
+cod:
+  kurtosis_interval: 3
 """
+# Goes before TINY, whose last block stays open.
 TINY_MOE = """
 num_experts: 4
 moe_ffn_hidden_size: 64
@@ -81,6 +86,10 @@ class Job:
     def statistics(self) -> dict[tuple[int, int, str, str], float]:
         """Every statistic by (iteration, layer, stream, statistic); fails if one occurs twice."""
         return read_unique_statistics(self.run / "stats")
+
+    def dimensions(self, iteration: int) -> pa.Table:
+        """Moments of every dimension at one iteration."""
+        return pq.read_table(self.run / "dimensions" / f"step-{iteration:09d}.parquet")
 
     def complaint(self) -> str:
         """The one sentence that the program itself says of an error."""

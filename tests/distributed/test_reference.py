@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 
 from tests.distributed.jobs import Data
@@ -59,6 +60,12 @@ def moments(x_TD: np.ndarray) -> dict[str, float]:
     }
 
 
+def dimension_kurtosis(x_TD: np.ndarray) -> np.ndarray:
+    """Eq. 19."""
+    centred_TD = x_TD - x_TD.mean(0)
+    return (centred_TD**4).mean(0) / (centred_TD**2).mean(0) ** 2
+
+
 def covariance(f_TD: np.ndarray, h_TD: np.ndarray) -> float:
     return float(((f_TD - f_TD.mean(-1, keepdims=True)) * (h_TD - h_TD.mean(-1, keepdims=True))).mean())
 
@@ -73,6 +80,7 @@ def test_statistics_match_float64(model: str, tmp_path: Path, dense_config: Path
     kept = np.load(path)
     expected: dict[tuple[int, str, str], float] = {}
     scale: dict[tuple[int, str, str], float] = {}
+    dimensions: dict[tuple[int, str], tuple[np.ndarray, ...]] = {}
     for layer in range(4):
         f, after, g = (kept[f"{stream}/{layer}"] for stream in ("attention", "after_attention", "mlp"))
         h = kept[f"input/{layer}"]
@@ -83,9 +91,22 @@ def test_statistics_match_float64(model: str, tmp_path: Path, dense_config: Path
         for stream, branch, shortcut in (("after_attention", f, h), ("layer_output", g, after)):
             expected[layer, stream, "shortcut_variance"] = moments(shortcut)["variance"]
             expected[layer, stream, "covariance"] = covariance(branch, shortcut)
+            kurtosis_D = dimension_kurtosis(streams[stream])
+            expected[layer, stream, "dimension_kurtosis"] = kurtosis_D.mean()
+            expected[layer, stream, "max_dimension_kurtosis"] = kurtosis_D.max()
+            dimensions[layer, stream] = (streams[stream].mean(0), streams[stream].var(0), kurtosis_D)
             scale[layer, stream, "covariance"] = (branch.var(-1) * shortcut.var(-1)).mean() ** 0.5
     assert reported.keys() == expected.keys()
     for key, value in expected.items():
         assert abs(reported[key] - value) <= 1e-5 * scale.get(key, value), (key, reported[key], value)
+    table = job.dimensions(3)
+    assert len(table) == 64 * len(dimensions)
+    for (layer, stream), moments_of in dimensions.items():
+        rows = table.filter((pc.field("layer") == layer) & (pc.field("stream") == stream))
+        assert rows["dimension"].to_pylist() == list(range(64))
+        mean_D, variance_D, kurtosis_D = moments_of
+        np.testing.assert_allclose(rows["mean"], mean_D, rtol=0, atol=1e-5 * variance_D.max() ** 0.5)
+        np.testing.assert_allclose(rows["variance"], variance_D, rtol=1e-5)
+        np.testing.assert_allclose(rows["kurtosis"], kurtosis_D, rtol=1e-5)
     last = moments(kept["h_L"])["variance"]
     assert abs(reported[3, "layer_output", "variance"] - last) <= 1e-5 * last

@@ -11,6 +11,7 @@ from sparsecod_mcore.monitor.parquet import ParquetSink
 
 NUM_LAYERS = 3
 SERIES = (("attention", "variance"), ("layer_output", "variance"), ("layer_output", "kurtosis"))
+RARE = ("layer_output", "dimension_kurtosis")  # every seventh iteration has it too
 CHECKPOINT_EVERY = 4
 ROWS_PER_PART = 3 * NUM_LAYERS * len(SERIES)  # parts end between checkpoints as well as at them
 
@@ -18,7 +19,8 @@ ROWS_PER_PART = 3 * NUM_LAYERS * len(SERIES)  # parts end between checkpoints as
 def statistics_at(iteration: int) -> dict[tuple[str, str], np.ndarray]:
     """Values [L] that tell iteration, layer and series."""
     layers = np.arange(NUM_LAYERS)
-    return {series: iteration + layers / 10 + index / 100 for index, series in enumerate(SERIES)}
+    all_series = (*SERIES, RARE) if iteration % 7 == 3 else SERIES
+    return {series: iteration + layers / 10 + index / 100 for index, series in enumerate(all_series)}
 
 
 def tokens_at(iteration: int) -> int:
