@@ -6,12 +6,15 @@
 #include <string_view>
 
 #include "../common/moments.h"
+#include "../common/probe_moments.h"
 #include "residual_add_moments.h"
 
 namespace {
 
 #define SPARSECOD_NAME(name) #name,
 constexpr std::array<std::string_view, sparsecod::NUM_MOMENTS> MOMENT_NAMES = {SPARSECOD_MOMENTS(SPARSECOD_NAME)};
+constexpr std::array<std::string_view, sparsecod::ProbeMoment::COUNT> PROBE_MOMENT_NAMES = {
+    SPARSECOD_PROBE_MOMENTS(SPARSECOD_NAME)};
 #undef SPARSECOD_NAME
 
 }  // namespace
@@ -23,5 +26,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("HAS_CUDA") = false;
 #endif
   m.attr("MOMENT_NAMES") = pybind11::cast(MOMENT_NAMES);
+  m.attr("PROBE_MOMENT_NAMES") = pybind11::cast(PROBE_MOMENT_NAMES);
   m.def("check_residual_add_moments", &sparsecod::check_residual_add_moments);
 }
