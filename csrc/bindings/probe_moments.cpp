@@ -3,7 +3,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include "../common/probe_moments.h"
@@ -67,15 +66,27 @@ void on_cuda(const at::Tensor& v, const at::Tensor& u, at::Tensor& sums, at::Ten
 }
 #endif
 
+using Signature = void(const at::Tensor&, const at::Tensor&, at::Tensor&, at::Tensor&);
+
+void dispatch(const at::Tensor& v, const at::Tensor& u, at::Tensor& sums, at::Tensor& moments) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("sparsecod::probe_moments", "").typed<Signature>();
+  op.call(v, u, sums, moments);
+}
+
+// What is measured carries no gradient, as under no_grad.
+void without_gradient(const at::Tensor& v, const at::Tensor& u, at::Tensor& sums, at::Tensor& moments) {
+  check(v, u, sums, moments);
+  const at::AutoDispatchBelowAutograd below_autograd;
+  dispatch(v, u, sums, moments);
+}
+
 // Tells autograd, as in-place operators do, that saved copies of the accumulators are out of date.
 void with_new_version(const at::Tensor& v, const at::Tensor& u, at::Tensor& sums, at::Tensor& moments) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("sparsecod::probe_moments", "")
-                             .typed<void(const at::Tensor&, const at::Tensor&, at::Tensor&, at::Tensor&)>();
   torch::autograd::increment_version(sums);
   torch::autograd::increment_version(moments);
   const at::AutoDispatchBelowADInplaceOrView below_versions;
-  op.call(v, u, sums, moments);
+  dispatch(v, u, sums, moments);
 }
 
 }  // namespace
@@ -90,9 +101,7 @@ TORCH_LIBRARY_IMPL(sparsecod, CPU, m) { m.impl("probe_moments", on_cpu); }
 TORCH_LIBRARY_IMPL(sparsecod, CUDA, m) { m.impl("probe_moments", on_cuda); }
 #endif
 TORCH_LIBRARY_IMPL(sparsecod, Meta, m) { m.impl("probe_moments", on_meta); }
-TORCH_LIBRARY_IMPL(sparsecod, Autograd, m) {
-  m.impl("probe_moments", torch::autograd::autogradNotImplementedFallback());
-}
+TORCH_LIBRARY_IMPL(sparsecod, Autograd, m) { m.impl("probe_moments", without_gradient); }
 TORCH_LIBRARY_IMPL(sparsecod, ADInplaceOrView, m) { m.impl("probe_moments", with_new_version); }
 
 }  // namespace sparsecod

@@ -1,7 +1,8 @@
 // Sums over tokens of u, ||u||^2 and v . u, for several probes, in one pass over u.
 //
 // Tokens are cut into chunks by the shape alone, and the chunks' sums are added in order: results do not depend on the
-// thread count. Within a chunk, few tokens are added in float32 before the sum goes to float64.
+// thread count. Few numbers are added in float32 before their sum goes to float64: where tokens are nearly constant, the
+// roundings of longer sums may all point one way.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -18,7 +19,6 @@ namespace sparsecod::cpu {
 namespace {
 
 constexpr int TOKENS_AT_ONCE = 8;  // as many streams as prefetchers follow with ease
-constexpr int64_t PACKS_PER_RUN = 8;  // of each token: what a lane adds up in float32 before it goes to float64
 constexpr int64_t MIN_TOKENS_PER_CHUNK = 128;  // so that adding up chunks costs little
 constexpr int64_t MAX_CHUNKS = 256;  // over all probes; each holds D float64 sums
 constexpr int64_t ELEMENTS_PER_THREAD = 32768;  // fewer are not worth waking one
@@ -74,23 +74,19 @@ struct ProbeChunk {
     using Real = typename Block::Real;
     using V = Lanes<Real, N>;
     SumOf<Real, N> squared_norm, product;
-    while (column + Block::COUNT <= tokens.width) {
-      const int64_t end = std::min(column + PACKS_PER_RUN * Block::COUNT, tokens.width);
-      V squares[2]{}, products[2]{};  // two of each, so that additions need not wait for each other
-      for (; column + Block::COUNT <= end; column += Block::COUNT) {
-        V column_sums[Block::PACKS]{};
-        for (int t = 0; t < TOKENS; ++t) {
-          Block u, v;
-          u.load(tokens.u + t * tokens.width + column);
-          if constexpr (PER_TOKEN) v.load(tokens.v + t * tokens.width + column);
-          for (int i = 0; i < Block::PACKS; ++i) {
-            column_sums[i] += u.packs[i];
-            squares[t % 2] += u.packs[i] * u.packs[i];
-            if constexpr (PER_TOKEN) products[t % 2] += u.packs[i] * v.packs[i];
-          }
+    for (; column + Block::COUNT <= tokens.width; column += Block::COUNT) {
+      V column_sums[Block::PACKS]{}, squares[2]{}, products[2]{};
+      for (int t = 0; t < TOKENS; ++t) {
+        Block u, v;
+        u.load(tokens.u + t * tokens.width + column);
+        if constexpr (PER_TOKEN) v.load(tokens.v + t * tokens.width + column);
+        for (int i = 0; i < Block::PACKS; ++i) {
+          column_sums[i] += u.packs[i];
+          squares[t % 2] += u.packs[i] * u.packs[i];
+          if constexpr (PER_TOKEN) products[t % 2] += u.packs[i] * v.packs[i];
         }
-        for (int i = 0; i < Block::PACKS; ++i) add_to<Real, N>(sums + column + i * N, column_sums[i]);
       }
+      for (int i = 0; i < Block::PACKS; ++i) add_to<Real, N>(sums + column + i * N, column_sums[i]);
       for (int i = 0; i < 2; ++i) {
         squared_norm.add(squares[i]);
         if constexpr (PER_TOKEN) product.add(products[i]);

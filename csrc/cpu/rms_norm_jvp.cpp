@@ -71,10 +71,11 @@ struct RmsNormRows {
   }
 
  private:
+  // Few left-over columns cost little in float64, and a row that has no others keeps its digits.
   template <int N>
   static SPARSECOD_INLINE int64_t add_sums(RmsNormSums<double>& sums, const Rows<T, W>& row, int64_t column) {
     using Block = Columns<T, N>;
-    using Real = typename Block::Real;
+    using Real = std::conditional_t<N == 1, double, typename Block::Real>;
     SumOf<Real, N> square, product;
     while (column + Block::COUNT <= row.width) {
       const int64_t end = std::min(column + PACKS_PER_RUN * N, row.width);

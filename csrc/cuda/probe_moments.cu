@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(THREADS)
 
   Sums<N> sums{};
   for (int64_t run = begin + warp; run < end; run += ROWS * TOKENS_PER_RUN) {
-    float run_columns[N]{}, squared_norm = 0, product = 0;
+    float run_columns[N]{};
     const int64_t run_end = min(run + ROWS * TOKENS_PER_RUN, end);
     for (int64_t token = run; token < run_end; token += ROWS * UNROLLED) {
       Neighbours of_u[UNROLLED], of_v[UNROLLED];
@@ -76,26 +76,25 @@ __global__ void __launch_bounds__(THREADS)
           if constexpr (PER_TOKEN) of_v[i] = Neighbours::load(v + at);
         }
       }
+      // Longer sums of squares would round one way where tokens are nearly constant: from here they go on in float64.
+      float squared_norm[UNROLLED]{}, product[UNROLLED]{};
 #pragma unroll
       for (int i = 0; i < UNROLLED; ++i) {
         if (token + i * ROWS < run_end) {
-          float pack_squared_norm = 0, pack_product = 0;
 #pragma unroll
           for (int j = 0; j < N; ++j) {
             const float x = to_real(of_u[i].elements[j]);
             run_columns[j] += x;
-            pack_squared_norm += x * x;
-            if constexpr (PER_TOKEN) pack_product += x * to_real(of_v[i].elements[j]);
+            squared_norm[i] += x * x;
+            if constexpr (PER_TOKEN) product[i] += x * to_real(of_v[i].elements[j]);
           }
-          squared_norm += pack_squared_norm;
-          if constexpr (PER_TOKEN) product += pack_product;
         }
       }
+      sums.squared_norm += (squared_norm[0] + squared_norm[1]) + (squared_norm[2] + squared_norm[3]);
+      if constexpr (PER_TOKEN) sums.product += (product[0] + product[1]) + (product[2] + product[3]);
     }
 #pragma unroll
     for (int j = 0; j < N; ++j) sums.columns[j] += run_columns[j];
-    sums.squared_norm += squared_norm;
-    sums.product += product;
   }
 
 #pragma unroll
@@ -158,33 +157,29 @@ __global__ void __launch_bounds__(THREADS)
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The same for packs and for single columns, where tiles are more: the workspace need not know which it will be.
-cudaError_t chunks_for(int64_t pack, int64_t probes, int64_t tokens, int64_t width, Plan& plan) {
+// Tiles are of packs of N columns. Chunks do not depend on N: so the workspace for single columns, which have more
+// tiles, suffices for both.
+template <typename T, int N>
+cudaError_t make_plan(int64_t probes, int64_t tokens, int64_t width, Plan& plan) {
   int device, multiprocessors;
   SPARSECOD_RETURN_IF_ERROR(cudaGetDevice(&device));
   SPARSECOD_RETURN_IF_ERROR(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   constexpr int64_t BLOCKS_PER_MULTIPROCESSOR = 4;
   const int64_t wanted = WAVES * BLOCKS_PER_MULTIPROCESSOR * multiprocessors;
-  const int64_t chunks = divide_up(wanted, probes * divide_up(width, WARP * pack));
+  const int64_t chunks = divide_up(wanted, probes * divide_up(width, WARP * Pack<T>::COUNT));
   const int64_t most = divide_up(tokens, MIN_TOKENS_PER_CHUNK);
   plan.tokens_per_chunk = divide_up(tokens, min(min(chunks, most), MAX_CHUNKS));
   plan.tokens_per_chunk = divide_up(plan.tokens_per_chunk, ROWS * UNROLLED) * ROWS * UNROLLED;
   plan.chunks = divide_up(tokens, plan.tokens_per_chunk);
-  return cudaSuccess;
-}
-
-template <typename T, int N>
-Plan in_tiles(Plan plan, int64_t width) {
   plan.tiles = divide_up(width, WARP * N);
-  return plan;
+  return cudaSuccess;
 }
 
 template <typename T, int N>
 cudaError_t launch(const T* v, const T* u, double* sums, double* moments, double* workspace, bool v_per_token,
                    int64_t probes, int64_t tokens, int64_t width, cudaStream_t stream) {
   Plan plan;
-  SPARSECOD_RETURN_IF_ERROR(chunks_for(Pack<T>::COUNT, probes, tokens, width, plan));
-  plan = in_tiles<T, N>(plan, width);
+  SPARSECOD_RETURN_IF_ERROR((make_plan<T, N>(probes, tokens, width, plan)));
   const int64_t blocks_per_probe = divide_up(width, THREADS);
   if (probes * plan.tiles > INT32_MAX || probes * blocks_per_probe > INT32_MAX) return cudaErrorInvalidConfiguration;
   double* totals = workspace + plan.column_doubles(probes, width);
@@ -206,8 +201,8 @@ cudaError_t sparsecod_probe_moments_workspace(sparsecod::cuda::Dtype dtype, int6
   using namespace sparsecod::cuda;
   return SPARSECOD_DISPATCH_DTYPE(dtype, T, [&] {
     Plan plan;
-    SPARSECOD_RETURN_IF_ERROR(chunks_for(Pack<T>::COUNT, probes, tokens, width, plan));
-    *doubles = in_tiles<T, 1>(plan, width).doubles(probes, width);  // as many tiles as there can be
+    SPARSECOD_RETURN_IF_ERROR((make_plan<T, 1>(probes, tokens, width, plan)));
+    *doubles = plan.doubles(probes, width);
     return cudaSuccess;
   });
 }

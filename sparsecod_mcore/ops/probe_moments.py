@@ -38,7 +38,7 @@ def probe_moments(v: Tensor, u: Tensor, sums: Tensor, moments: Tensor) -> None:
     """Add u summed over tokens to `sums` and the moments of every probe to `moments`.
 
     The vectors are summed before any norm is taken, so that `sums` of several ranks can be added up. Few tokens are
-    added in float32 (float64 for float64) before they go to float64. An empty input adds nothing.
+    added in float32 (float64 for float64) before they go to float64. An empty input adds nothing. No gradient passes.
 
     Args:
         v: [P, D], the same at all tokens of a probe, or [P, N, D]; of the dtype and device of `u`, of any strides.
@@ -57,8 +57,10 @@ def probe_moments_reference(v: Tensor, u: Tensor, sums: Tensor, moments: Tensor)
     if u.numel() == 0:
         return
     dtype = torch.promote_types(u.dtype, torch.float32)
-    u_PND = u.to(dtype)
-    v_PND = v.to(dtype).unsqueeze(1) if v.dim() == 2 else v.to(dtype)
+    u_PND = u.detach().to(dtype)
+    v_PND = v.detach().to(dtype)
+    if v.dim() == 2:
+        v_PND = v_PND.unsqueeze(1)
     sums += u_PND.sum(1)
     moments[:, ProbeMoment.SQUARED_NORM] += u_PND.square().sum(-1).sum(-1, dtype=torch.float64)
     moments[:, ProbeMoment.PRODUCT] += (u_PND * v_PND).sum(-1).sum(-1, dtype=torch.float64)
