@@ -15,8 +15,8 @@ namespace sparsecod::cpu {
 namespace {
 
 constexpr int64_t ELEMENTS_PER_THREAD = 8192;  // fewer are not worth waking one
-// How many numbers a lane adds up in float32 before the sum goes to float64.
-constexpr int64_t PACKS_PER_RUN = 32;
+// How many numbers a lane adds up in float32 before the sum goes to float64: few, for what is small against an outlier.
+constexpr int64_t PACKS_PER_RUN = 8;
 
 template <typename T, typename W>
 struct Rows {

@@ -58,12 +58,12 @@ def test_y_is_what_the_model_s_norm_returns(dtype):
     x, x_tangent, weight, eps = draw(tangents.normal, 64, 520, dtype, dtype)
     y, _ = rms_norm_jvp(x, x_tangent, weight, eps)
     expected = torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
-    torch.testing.assert_close(y, expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(y, expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
     in_half_precision = torch.finfo(dtype).bits == 16
     assert not in_half_precision or (y == expected).float().mean() > 0.99  # rounded once, from the same float32
 
 
-# Widths: single elements, a part of a warp, a warp, a block, more than a block keeps; 1120 also for odd numbers of packs.
+# Widths: single elements, a part of a warp, a warp, a block; 1120 leaves some threads of a block without a pack.
 @pytest.mark.parametrize("dtype", tangents.CUDA_DTYPES)
 @pytest.mark.parametrize("weight_is_float32", [False, True])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 59), (97, 64), (33, 96), (13, 256), (5, 1120), (2, 2048)])

@@ -16,7 +16,7 @@ def exact(gate_up, gate_up_tangent):
     a, b = gate_up.double().chunk(2, -1)
     a_tangent, b_tangent = gate_up_tangent.double().chunk(2, -1)
     s = a.sigmoid()
-    y, terms = a * s * b, ((s + a * s * (1 - s)) * a_tangent * b, a * s * b_tangent)
+    y, terms = a * s * b, (s * a_tangent * b, a * s * (1 - s) * a_tangent * b, a * s * b_tangent)
     return tangents.Exact([y, sum(terms)], [y.abs(), sum(term.abs() for term in terms)])
 
 
