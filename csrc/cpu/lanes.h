@@ -79,6 +79,21 @@ class WideSum {
   Lanes<double, WIDTH> lanes_{};
 };
 
+// A sum of packs of N float64 lanes.
+template <int N>
+class DoubleSum {
+ public:
+  SPARSECOD_INLINE void add(Lanes<double, N> x) { lanes_ += x; }
+  SPARSECOD_INLINE double total() const { return fold<double, N>(lanes_, Sum{}); }
+
+ private:
+  Lanes<double, N> lanes_{};
+};
+
+// A sum in float64 of packs of N lanes of Real.
+template <typename Real, int N>
+using SumOf = std::conditional_t<std::is_same_v<Real, double>, DoubleSum<N>, WideSum<N>>;
+
 // Neighbouring columns of a row as packs of N lanes, in the arithmetic in which they are added: float32, and float64
 // for float64. Which column sits in which lane is left to the dtype, for moments do not depend on the order of columns.
 template <typename T, int N, bool PAIRED = std::is_same_v<T, c10::BFloat16> && (N > 1)>

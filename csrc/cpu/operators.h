@@ -17,4 +17,11 @@ void add_column_powers(const at::Tensor& branch, const at::Tensor& residual, con
 void swiglu_jvp(const at::Tensor& gate_up, const at::Tensor& gate_up_tangent, const at::Tensor& output,
                 const at::Tensor& output_tangent);
 
+// x, x_tangent, y and y_tangent [..., D], weight [D] of x's dtype or float32, all contiguous and not empty.
+void rms_norm_jvp(const at::Tensor& x, const at::Tensor& x_tangent, const at::Tensor& weight, double eps,
+                  const at::Tensor& y, const at::Tensor& y_tangent);
+
+// v [P, D] or [P, N, D] and u [P, N, D], contiguous and not empty; adds to sums [P, D] and moments [P, 3].
+void probe_moments(const at::Tensor& v, const at::Tensor& u, const at::Tensor& sums, const at::Tensor& moments);
+
 }  // namespace sparsecod::cpu

@@ -3,10 +3,9 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
-#include <cmath>
-#include <type_traits>
-
 #include "../common/dual.h"
+#include "exponential.h"
+#include "instruction_set.h"
 #include "operators.h"
 
 namespace sparsecod::cpu {
@@ -15,33 +14,68 @@ namespace {
 constexpr int64_t ELEMENTS_PER_THREAD = 8192;  // fewer are not worth waking one
 
 template <typename T>
-void swiglu_row(const T* gate, const T* gate_tangent, T* output, T* output_tangent, int64_t width) {
-  using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  const T *up = gate + width, *up_tangent = gate_tangent + width;
-  for (int64_t i = 0; i < width; ++i) {
-    const Dual<Real> a = {static_cast<Real>(gate[i]), static_cast<Real>(gate_tangent[i])};
-    const Dual<Real> b = {static_cast<Real>(up[i]), static_cast<Real>(up_tangent[i])};
-    const Dual<Real> product = silu(a, 1 / (1 + std::exp(-a.value))) * b;
-    output[i] = static_cast<T>(product.value);
-    output_tangent[i] = static_cast<T>(product.tangent);
+struct Rows {
+  const T *gate_up, *gate_up_tangent;
+  T *output, *output_tangent;
+  int64_t width;
+
+  SPARSECOD_INLINE Rows from(int64_t row) const {
+    return {gate_up + 2 * row * width, gate_up_tangent + 2 * row * width, output + row * width,
+            output_tangent + row * width, width};
   }
-}
+};
+
+template <typename T>
+struct SwigluRows {
+  template <int N>
+  static SPARSECOD_INLINE void run(const Rows<T>& rows, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      const Rows<T> row = rows.from(i);
+      const int64_t rest = columns<N>(row, 0);
+      if (rest < row.width) columns<1>(row, rest);
+    }
+  }
+
+ private:
+  // Takes columns from `column` on, N at a time, and returns the first that is left over.
+  template <int N>
+  static SPARSECOD_INLINE int64_t columns(const Rows<T>& row, int64_t column) {
+    using Block = Columns<T, N>;
+    using Real = typename Block::Real;
+    using V = Lanes<Real, N>;
+    for (; column + Block::COUNT <= row.width; column += Block::COUNT) {
+      Block gate, gate_tangent, up, up_tangent;
+      gate.load(row.gate_up + column);
+      gate_tangent.load(row.gate_up_tangent + column);
+      up.load(row.gate_up + row.width + column);
+      up_tangent.load(row.gate_up_tangent + row.width + column);
+      Block output, output_tangent;
+      for (int i = 0; i < Block::PACKS; ++i) {
+        const Dual<V> a = {gate.packs[i], gate_tangent.packs[i]}, b = {up.packs[i], up_tangent.packs[i]};
+        const V sigmoid = 1 / (1 + exponential<Real, N>(-a.value));
+        const Dual<V> product = silu(a, sigmoid) * b;
+        output.packs[i] = product.value;
+        output_tangent.packs[i] = product.tangent;
+      }
+      output.store(row.output + column);
+      output_tangent.store(row.output_tangent + column);
+    }
+    return column;
+  }
+};
 
 }  // namespace
 
 void swiglu_jvp(const at::Tensor& gate_up, const at::Tensor& gate_up_tangent, const at::Tensor& output,
                 const at::Tensor& output_tangent) {
-  const int64_t width = output.size(-1), rows = output.numel() / width;
+  const int64_t width = output.size(-1), count = output.numel() / width;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, output.scalar_type(), "swiglu_jvp", [&] {
-    const scalar_t* gate = gate_up.const_data_ptr<scalar_t>();
-    const scalar_t* gate_tangent = gate_up_tangent.const_data_ptr<scalar_t>();
-    scalar_t *y = output.mutable_data_ptr<scalar_t>(), *y_tangent = output_tangent.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, rows, at::divup(ELEMENTS_PER_THREAD, width), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        swiglu_row(gate + 2 * row * width, gate_tangent + 2 * row * width, y + row * width, y_tangent + row * width,
-                   width);
-      }
-    });
+    static const auto swiglu_rows = best_instruction_set<SwigluRows<scalar_t>, const Rows<scalar_t>&, int64_t>();
+    const Rows<scalar_t> rows = {gate_up.const_data_ptr<scalar_t>(), gate_up_tangent.const_data_ptr<scalar_t>(),
+                                 output.mutable_data_ptr<scalar_t>(), output_tangent.mutable_data_ptr<scalar_t>(),
+                                 width};
+    at::parallel_for(0, count, at::divup(ELEMENTS_PER_THREAD, width),
+                     [&](int64_t begin, int64_t end) { swiglu_rows(rows.from(begin), end - begin); });
   });
 }
 

@@ -27,7 +27,7 @@ __device__ __forceinline__ T from_real(float x) {
   }
 }
 
-// Neighbours that are loaded and stored by one instruction.
+// Neighbours that are loaded and stored 16 bytes at a time where they fill that, else one by one.
 template <typename T, int N = 16 / sizeof(T)>
 struct Pack {
   static constexpr int COUNT = N;
@@ -35,9 +35,10 @@ struct Pack {
 
   static __device__ __forceinline__ Pack load(const T* from) {
     Pack pack;
-    if constexpr (sizeof(Pack) == 16) {
-      const uint4 bits = *reinterpret_cast<const uint4*>(from);
-      std::memcpy(&pack, &bits, sizeof(pack));
+    if constexpr (sizeof(Pack) % 16 == 0) {
+      uint4 bits[sizeof(Pack) / 16];
+      for (unsigned i = 0; i < sizeof(Pack) / 16; ++i) bits[i] = reinterpret_cast<const uint4*>(from)[i];
+      std::memcpy(&pack, bits, sizeof(pack));
     } else {
       for (int i = 0; i < N; ++i) pack.elements[i] = from[i];
     }
@@ -45,10 +46,10 @@ struct Pack {
   }
 
   __device__ __forceinline__ void store(T* to) const {
-    if constexpr (sizeof(Pack) == 16) {
-      uint4 bits;
-      std::memcpy(&bits, this, sizeof(bits));
-      *reinterpret_cast<uint4*>(to) = bits;
+    if constexpr (sizeof(Pack) % 16 == 0) {
+      uint4 bits[sizeof(Pack) / 16];
+      std::memcpy(bits, this, sizeof(bits));
+      for (unsigned i = 0; i < sizeof(Pack) / 16; ++i) reinterpret_cast<uint4*>(to)[i] = bits[i];
     } else {
       for (int i = 0; i < N; ++i) to[i] = elements[i];
     }

@@ -10,6 +10,12 @@ except ImportError as error:
         "or with `python setup.py build_ext --inplace` in the source tree"
     ) from error
 
+from sparsecod_mcore.ops.probe_moments import (
+    NUM_PROBE_MOMENTS,
+    ProbeMoment,
+    probe_moments,
+    probe_moments_reference,
+)
 from sparsecod_mcore.ops.residual_add_moments import (
     NUM_COLUMN_SUMS,
     NUM_MOMENTS,
@@ -18,15 +24,22 @@ from sparsecod_mcore.ops.residual_add_moments import (
     residual_add_moments,
     residual_add_moments_reference,
 )
+from sparsecod_mcore.ops.rms_norm_jvp import rms_norm_jvp, rms_norm_jvp_reference
 from sparsecod_mcore.ops.swiglu_jvp import swiglu_jvp, swiglu_jvp_reference
 
 __all__ = [
     "NUM_COLUMN_SUMS",
     "NUM_MOMENTS",
+    "NUM_PROBE_MOMENTS",
     "ColumnSum",
     "Moment",
+    "ProbeMoment",
+    "probe_moments",
+    "probe_moments_reference",
     "residual_add_moments",
     "residual_add_moments_reference",
+    "rms_norm_jvp",
+    "rms_norm_jvp_reference",
     "swiglu_jvp",
     "swiglu_jvp_reference",
 ]
