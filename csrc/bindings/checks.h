@@ -8,6 +8,8 @@
 #include <initializer_list>
 #include <string>
 
+#include "../common/thresholds.h"
+
 namespace sparsecod {
 
 inline std::string name(at::ScalarType dtype) { return c10::getDtypeNames(dtype).first; }
@@ -46,6 +48,14 @@ inline void check_like(const char* argument, const at::Tensor& given, const char
 inline void check_same_shape(const char* argument, const at::Tensor& given, const char* model_name,
                              const at::Tensor& model) {
   check_shape(argument, given, model.sym_sizes(), std::string(model_name) + "'s shape ");
+}
+
+inline void check_thresholds(at::ArrayRef<double> thresholds) {
+  TORCH_CHECK_VALUE(!thresholds.empty() && thresholds.size() <= MAX_THRESHOLDS, "thresholds has ", thresholds.size(),
+                    " numbers, but must have 1 to ", MAX_THRESHOLDS);
+  for (size_t i = 0; i < thresholds.size(); ++i) {
+    TORCH_CHECK_VALUE(thresholds[i] > 0, "thresholds[", i, "] is ", thresholds[i], ", but must be above 0");
+  }
 }
 
 }  // namespace sparsecod

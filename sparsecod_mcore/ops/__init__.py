@@ -10,6 +10,7 @@ except ImportError as error:
         "or with `python setup.py build_ext --inplace` in the source tree"
     ) from error
 
+from sparsecod_mcore.ops.count_below import count_below, count_below_reference
 from sparsecod_mcore.ops.residual_add_moments import (
     NUM_MOMENTS,
     Moment,
@@ -21,6 +22,8 @@ from sparsecod_mcore.ops.swiglu_jvp import swiglu_jvp, swiglu_jvp_reference
 __all__ = [
     "NUM_MOMENTS",
     "Moment",
+    "count_below",
+    "count_below_reference",
     "residual_add_moments",
     "residual_add_moments_reference",
     "swiglu_jvp",
