@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
 
 #include <initializer_list>
@@ -50,9 +51,9 @@ inline void check_same_shape(const char* argument, const at::Tensor& given, cons
   check_shape(argument, given, model.sym_sizes(), std::string(model_name) + "'s shape ");
 }
 
-inline void check_thresholds(at::ArrayRef<double> thresholds) {
-  TORCH_CHECK_VALUE(!thresholds.empty() && thresholds.size() <= MAX_THRESHOLDS, "thresholds has ", thresholds.size(),
-                    " numbers, but must have 1 to ", MAX_THRESHOLDS);
+inline void check_thresholds(at::ArrayRef<double> thresholds, size_t fewest) {
+  TORCH_CHECK_VALUE(thresholds.size() >= fewest && thresholds.size() <= MAX_THRESHOLDS, "thresholds has ",
+                    thresholds.size(), " numbers, but must have ", fewest, " to ", MAX_THRESHOLDS);
   for (size_t i = 0; i < thresholds.size(); ++i) {
     TORCH_CHECK_VALUE(thresholds[i] > 0, "thresholds[", i, "] is ", thresholds[i], ", but must be above 0");
   }

@@ -27,7 +27,7 @@ void check(at::TensorList tensors, at::ArrayRef<double> thresholds) {
     TORCH_CHECK_VALUE(tensors[i].device() == tensors[0].device(), argument, " is on ", tensors[i].device(),
                       ", but must be on tensors[0]'s device ", tensors[0].device());
   }
-  check_thresholds(thresholds);
+  check_thresholds(thresholds, 1);
 }
 
 // Elements are counted in the order in which they lie in memory: a copy is made of overlapping ones and of gaps only.

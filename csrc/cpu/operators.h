@@ -19,4 +19,10 @@ void swiglu_jvp(const at::Tensor& gate_up, const at::Tensor& gate_up_tangent, co
 // Adds to counts [tensors, thresholds], int64, how many elements of each tensor, which is dense, are below a threshold.
 void count_below(at::TensorList tensors, at::ArrayRef<double> thresholds, const at::Tensor& counts);
 
+// q [B, H, T, D], k [B, H_kv, S, D], of any strides but for D, lse [B, H, T] contiguous; none empty. Adds to entropy
+// [B, H], float64, and counts [B, H, thresholds], int64.
+void attention_stats(const at::Tensor& q, const at::Tensor& k, const at::Tensor& lse, double scale,
+                     at::ArrayRef<double> thresholds, bool causal, const at::Tensor& entropy,
+                     const at::Tensor& counts);
+
 }  // namespace sparsecod::cpu

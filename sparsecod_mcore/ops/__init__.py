@@ -10,6 +10,7 @@ except ImportError as error:
         "or with `python setup.py build_ext --inplace` in the source tree"
     ) from error
 
+from sparsecod_mcore.ops.attention_stats import attention_stats, attention_stats_reference
 from sparsecod_mcore.ops.count_below import count_below, count_below_reference
 from sparsecod_mcore.ops.residual_add_moments import (
     NUM_MOMENTS,
@@ -22,6 +23,8 @@ from sparsecod_mcore.ops.swiglu_jvp import swiglu_jvp, swiglu_jvp_reference
 __all__ = [
     "NUM_MOMENTS",
     "Moment",
+    "attention_stats",
+    "attention_stats_reference",
     "count_below",
     "count_below_reference",
     "residual_add_moments",
