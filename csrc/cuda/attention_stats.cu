@@ -19,7 +19,7 @@ constexpr int QUERIES = 128;  // of a block
 constexpr int KEYS = 64;      // of a tile
 // Thresholds in one pass. More take another: registers for them would slow down the usual four.
 constexpr int COUNTS = 4;
-constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
+constexpr double LOG2_E = 1.4426950408889634;
 
 struct Partial {
   double entropy;
@@ -29,7 +29,10 @@ struct Partial {
 struct Problem {
   AttentionShape shape;
   const float* lse;
+  // Logarithms in the kernel are natural ones times `unit`, and so is lse made to be. The unit is near 1 or log2 e, but
+  // such that the scale is exact: rounded, it would shift the logarithms of all weights alike.
   float scale;
+  double unit;
   float log_thresholds[COUNTS];
   int32_t query_blocks;
   Partial* partials;  // [batch, heads, query_blocks]
@@ -46,7 +49,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
 #endif
 }
 
-// What a thread has added up. Entropy is negative, and in the unit of the logarithms, until the end.
+// What a thread has added up. Entropy is negative, and in the problem's unit, until the end.
 struct Sums {
   double entropy = 0;
   int counts[COUNTS] = {};
@@ -80,6 +83,10 @@ struct Place {
   __device__ __forceinline__ int visible_to_any(const Problem& problem, int first, int last) const {
     return first >= num_queries ? 0 : visible(problem, min(last, num_queries - 1));
   }
+
+  __device__ __forceinline__ float lse(const Problem& problem, int query) const {
+    return query < num_queries ? static_cast<float>(problem.lse[row * num_queries + query] * problem.unit) : 0;
+  }
 };
 
 template <typename T>
@@ -101,10 +108,10 @@ __device__ __forceinline__ void add_weight(float& entropy, int (&counts)[COUNTS]
 // Leaves the sums of a block's threads as its partial.
 template <int THREADS>
 __device__ __forceinline__ void store_partial(const Problem& problem, const Place& place, const Sums& sums,
-                                              double unit, Partial* of_warps) {
+                                              Partial* of_warps) {
   constexpr int WARPS = THREADS / WARP;
   Partial mine;
-  mine.entropy = warp_sum(-unit * sums.entropy);
+  mine.entropy = warp_sum(-sums.entropy / problem.unit);
   for (int i = 0; i < COUNTS; ++i) mine.counts[i] = warp_sum(static_cast<int64_t>(sums.counts[i]));
   __syncthreads();  // the memory of of_warps may have served others
   if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = mine;
@@ -195,9 +202,7 @@ struct TensorCores {
       for (int half = 0; half < 2; ++half) {
         const int query = place.first_query + warp_row + m * 16 + half * 8 + lane / 4;
         visible[m][half] = place.visible(problem, query);
-        lse[m][half] = query < place.num_queries
-                           ? problem.lse[place.row * place.num_queries + query] * static_cast<float>(LOG2_E)
-                           : 0;
+        lse[m][half] = place.lse(problem, query);
       }
     }
     const int first = place.first_query + warp_row, last = first + ROWS - 1;
@@ -245,7 +250,7 @@ struct TensorCores {
       }
       sums.entropy += (entropy[0][0] + entropy[0][1]) + (entropy[1][0] + entropy[1][1]);
     }
-    store_partial<THREADS>(problem, place, sums, LN_2, reinterpret_cast<Partial*>(memory));
+    store_partial<THREADS>(problem, place, sums, reinterpret_cast<Partial*>(memory));
   }
 };
 
@@ -281,6 +286,7 @@ struct Float32 {
   static __device__ __forceinline__ void add_products(Sums& sums, const float (&products)[ROWS][COLUMNS],
                                                       const float (&lse)[ROWS], const Problem& problem,
                                                       const Place& place, int first_query, int first_key) {
+    const float to_log2 = static_cast<float>(LOG2_E / problem.unit);
     float entropy = 0;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
@@ -288,7 +294,7 @@ struct Float32 {
 #pragma unroll
       for (int j = 0; j < COLUMNS; ++j) {
         add_weight<MASKED>(entropy, sums.counts, problem.log_thresholds, products[i][j] * problem.scale - lse[i],
-                           first_key + j < visible, static_cast<float>(LOG2_E));
+                           first_key + j < visible, to_log2);
       }
     }
     sums.entropy += entropy;
@@ -304,9 +310,7 @@ struct Float32 {
     float lse[ROWS];
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-      lse[i] = first_query + i < place.num_queries
-                   ? problem.lse[place.row * place.num_queries + first_query + i]
-                   : 0;
+      lse[i] = place.lse(problem, first_query + i);
     }
     const int last = first_query + ROWS - 1;
     const int visible_to_all = last < place.num_queries ? place.visible(problem, first_query) : 0;
@@ -339,7 +343,7 @@ struct Float32 {
         add_products<true>(sums, products, lse, problem, place, first_query, first_key + column);
       }
     }
-    store_partial<THREADS>(problem, place, sums, 1, shared.of_warps);
+    store_partial<THREADS>(problem, place, sums, shared.of_warps);
   }
 };
 
@@ -421,8 +425,10 @@ cudaError_t sparsecod_attention_stats(const void* q, const void* k, const float*
   using namespace sparsecod::cuda;
   const int64_t heads = shape->batch * shape->heads, blocks = heads * blocks_per_head(*shape);
   if (blocks > INT32_MAX || shape->num_keys > INT32_MAX - KEYS) return cudaErrorInvalidConfiguration;
-  const double unit = dtype == Dtype::FLOAT32 ? 1 : LOG2_E;  // of logarithms in the kernel
-  Problem problem = {*shape, lse, static_cast<float>(scale * unit), {}, static_cast<int32_t>(blocks_per_head(*shape)),
+  const double wanted_unit = dtype == Dtype::FLOAT32 ? 1 : LOG2_E;
+  const float rounded_scale = static_cast<float>(scale * wanted_unit);
+  const double unit = scale == 0 ? wanted_unit : rounded_scale / scale;
+  Problem problem = {*shape, lse, rounded_scale, unit, {}, static_cast<int32_t>(blocks_per_head(*shape)),
                      static_cast<Partial*>(scratch)};
   for (int64_t first = 0; first == 0 || first < num_thresholds; first += COUNTS) {
     const int of_pass = static_cast<int>(num_thresholds - first < COUNTS ? num_thresholds - first : COUNTS);
