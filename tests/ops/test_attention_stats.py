@@ -272,8 +272,8 @@ def run(program: str, **environment: str) -> str:
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_every_instruction_set_measures_the_same(capability):
-    if capability != "default" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        pytest.skip("this processor runs the baseline only")
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", capability.upper()):
+        pytest.skip("the other tests run it")
     told = run(
         """
 import torch
