@@ -3,10 +3,13 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
 
 #include <initializer_list>
 #include <string>
+
+#include "../common/thresholds.h"
 
 namespace sparsecod {
 
@@ -46,6 +49,14 @@ inline void check_like(const char* argument, const at::Tensor& given, const char
 inline void check_same_shape(const char* argument, const at::Tensor& given, const char* model_name,
                              const at::Tensor& model) {
   check_shape(argument, given, model.sym_sizes(), std::string(model_name) + "'s shape ");
+}
+
+inline void check_thresholds(at::ArrayRef<double> thresholds, size_t fewest) {
+  TORCH_CHECK_VALUE(thresholds.size() >= fewest && thresholds.size() <= MAX_THRESHOLDS, "thresholds has ",
+                    thresholds.size(), " numbers, but must have ", fewest, " to ", MAX_THRESHOLDS);
+  for (size_t i = 0; i < thresholds.size(); ++i) {
+    TORCH_CHECK_VALUE(thresholds[i] > 0, "thresholds[", i, "] is ", thresholds[i], ", but must be above 0");
+  }
 }
 
 }  // namespace sparsecod

@@ -3,6 +3,9 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
+
+#include <optional>
 
 namespace sparsecod::cpu {
 
@@ -23,5 +26,14 @@ void rms_norm_jvp(const at::Tensor& x, const at::Tensor& x_tangent, const at::Te
 
 // v [P, D] or [P, N, D] and u [P, N, D], contiguous and not empty; adds to sums [P, D] and moments [P, 3].
 void probe_moments(const at::Tensor& v, const at::Tensor& u, const at::Tensor& sums, const at::Tensor& moments);
+
+// Adds to counts [tensors, thresholds], int64, how many elements of each tensor, which is dense, are below a threshold.
+void count_below(at::TensorList tensors, at::ArrayRef<double> thresholds, const at::Tensor& counts);
+
+// q [B, H, T, D], k [B, H_kv, S, D], of any strides but for D, lse [B, H, T] contiguous; none empty. Adds to entropy
+// [B, H], float64, and counts [B, H, thresholds], int64.
+void attention_stats(const at::Tensor& q, const at::Tensor& k, const at::Tensor& lse, double scale,
+                     at::ArrayRef<double> thresholds, bool causal, const at::Tensor& entropy,
+                     const at::Tensor& counts);
 
 }  // namespace sparsecod::cpu

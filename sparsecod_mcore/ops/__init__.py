@@ -10,6 +10,8 @@ except ImportError as error:
         "or with `python setup.py build_ext --inplace` in the source tree"
     ) from error
 
+from sparsecod_mcore.ops.attention_stats import attention_stats, attention_stats_reference
+from sparsecod_mcore.ops.count_below import count_below, count_below_reference
 from sparsecod_mcore.ops.probe_moments import (
     NUM_PROBE_MOMENTS,
     ProbeMoment,
@@ -34,6 +36,10 @@ __all__ = [
     "ColumnSum",
     "Moment",
     "ProbeMoment",
+    "attention_stats",
+    "attention_stats_reference",
+    "count_below",
+    "count_below_reference",
     "probe_moments",
     "probe_moments_reference",
     "residual_add_moments",
