@@ -2,8 +2,8 @@
 //
 // A block takes QUERIES queries; its threads are 16 x 16. Thread (y, x) scores queries y and y + 16 against keys x,
 // x + 16, ..., and accumulates the same queries' outputs in columns 4 x, 4 x + 1, ... of each 64. A query's threads
-// are half a warp, so that its weights pass through shared memory without a barrier of the block. Sums are formed per
-// band of the head and per tile of keys before they are added up: long chains of additions would round more.
+// are half a warp, so that its weights pass through shared memory without a barrier of the block. Sums are formed of a
+// part of the columns or a tile of keys before they are added up: long chains of additions would round more.
 
 #include "../common/softmax.h"
 #include "attention_problem.h"
@@ -14,7 +14,8 @@ namespace {
 
 constexpr int SIDE = 16, THREADS = SIDE * SIDE, QUERIES = 2 * SIDE;
 constexpr int QUAD = 4;                 // elements in 16 bytes
-constexpr int BAND = SIDE * QUAD;  // columns that the threads of a query cover at a time
+constexpr int BAND = SIDE * QUAD;       // columns that the threads of a query cover at a time
+constexpr int PART = 32;                // columns of the products that make a part of a score
 
 // Rows in shared memory. The space between them lets sixteen threads read one column of sixteen rows, 16 bytes each, at
 // full speed.
@@ -92,9 +93,9 @@ __global__ void __launch_bounds__(THREADS, 1) flash_attention_jvp_float32(const 
     __syncthreads();
 
     Dual<float> score[2][KEYS_EACH] = {};
-    for (int band = 0; band < D; band += BAND) {
+    for (int first = 0; first < D; first += PART) {
       Dual<float> part[2][KEYS_EACH] = {};
-      for (int d = band; d < band + BAND; d += QUAD) {
+      for (int d = first; d < first + PART; d += QUAD) {
         Pack<float> q[2], q_tangent[2];
 #pragma unroll
         for (int row = 0; row < 2; ++row) {

@@ -10,6 +10,7 @@ except ImportError as error:
         "or with `python setup.py build_ext --inplace` in the source tree"
     ) from error
 
+from sparsecod_mcore.ops.flash_attention_jvp import flash_attention_jvp, flash_attention_jvp_reference
 from sparsecod_mcore.ops.residual_add_moments import (
     NUM_MOMENTS,
     Moment,
@@ -21,6 +22,8 @@ from sparsecod_mcore.ops.swiglu_jvp import swiglu_jvp, swiglu_jvp_reference
 __all__ = [
     "NUM_MOMENTS",
     "Moment",
+    "flash_attention_jvp",
+    "flash_attention_jvp_reference",
     "residual_add_moments",
     "residual_add_moments_reference",
     "swiglu_jvp",
