@@ -6,8 +6,7 @@
 // Kernels accumulate the dual number (sum p v, sum p (s' - c) v + p v'). c is the mean tangent among the first keys:
 // what all s' of a query have in common cancels, but in 16-bit factors of a product it would take the place of digits.
 //
-// Generic over V: float or double for one query, or a vector of lanes for several. Scores are given in units of ln 2
-// (times LOG2_E), their tangents are not.
+// Generic over V: float or double for one query, or a vector of lanes for several.
 
 #pragma once
 
@@ -22,9 +21,7 @@
 
 namespace sparsecod {
 
-constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
-
-// 2^x for x <= 0, to about 1e-7 for float32; 0 below 2^-126.
+// 2^x in float32 for x <= 0, to a relative 2e-7; 0 below 2^-126.
 template <typename V>
 SPARSECOD_HOST_DEVICE V power_of_two(V x) {
 #if defined(__CUDA_ARCH__)
@@ -32,24 +29,31 @@ SPARSECOD_HOST_DEVICE V power_of_two(V x) {
   V power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
-#else
-  if constexpr (std::is_same_v<V, double>) {
-    return std::exp2(x);
-  } else {  // 2^n 2^f with n = round(x), whose low bits `rounder` moves to the bottom of the word
-    constexpr float ROUNDER = 3 << 22;
-    constexpr float LN2_POWERS[] = {1.0f,           0.6931471806f,  0.2402265070f,  0.05550410866f,
-                                    0.009618129108f, 0.001333355815f, 0.0001540353039f, 0.00001525273380f};
-    const V shifted = x + ROUNDER, fraction = x - (shifted - ROUNDER);
-    V power = V{} + LN2_POWERS[7];  // ln(2)^k / k!
-    for (int k = 6; k >= 0; --k) power = power * fraction + LN2_POWERS[k];
-    std::conditional_t<std::is_same_v<V, float>, uint32_t, decltype(x < x)> bits;
-    std::memcpy(&bits, &shifted, sizeof(bits));
-    bits = (bits << 23) + 0x3f800000;
-    V scale;
-    std::memcpy(&scale, &bits, sizeof(scale));
-    return x < -126.0f ? V{} : power * scale;
-  }
+#else  // 2^n 2^f with n = round(x), which adding ROUNDER leaves in the lowest bits
+  using Bits = std::conditional_t<std::is_same_v<V, float>, int32_t, decltype(x < x)>;
+  constexpr float ROUNDER = 3 << 22;
+  constexpr float TERMS[] = {1.0f,            6.931471806e-1f, 2.402265070e-1f, 5.550410866e-2f,  // ln(2)^k / k!
+                             9.618129108e-3f, 1.333355815e-3f, 1.540353039e-4f, 1.525273380e-5f};
+  const V rounded = x + ROUNDER, fraction = x - (rounded - ROUNDER);
+  V power = V{} + TERMS[7];
+  for (int k = 6; k >= 0; --k) power = power * fraction + TERMS[k];
+  Bits bits;
+  std::memcpy(&bits, &rounded, sizeof(bits));
+  bits = (bits << 23) + (127 << 23);  // n in the exponent
+  V scale;
+  std::memcpy(&scale, &bits, sizeof(scale));
+  return x < -126.0f ? V{} : power * scale;
 #endif
+}
+
+// e^x for x <= 0.
+template <typename V>
+SPARSECOD_HOST_DEVICE V exponential(V x) {
+  if constexpr (std::is_same_v<V, double>) {
+    return std::exp(x);
+  } else {
+    return power_of_two<V>(x * 1.4426950409f);  // log2(e)
+  }
 }
 
 template <typename V>
@@ -68,7 +72,7 @@ struct SoftmaxRow {
   SPARSECOD_HOST_DEVICE V raise(V largest) {
     const V before = max;
     max = larger(largest, max);
-    const V factor = power_of_two<V>(before - max);
+    const V factor = exponential<V>(before - max);
     sum *= factor;
     tangent_sum *= factor;
     return factor;
@@ -76,7 +80,7 @@ struct SoftmaxRow {
 
   // p and p (s' - shift).
   SPARSECOD_HOST_DEVICE Dual<V> weigh(Dual<V> score) const {
-    const V weight = power_of_two<V>(score.value - max);
+    const V weight = exponential<V>(score.value - max);
     return {weight, weight * (score.tangent - shift)};
   }
 
@@ -95,7 +99,7 @@ struct SoftmaxRow {
   }
 
   // ln sum exp(s).
-  SPARSECOD_HOST_DEVICE V log_sum_exp() const { return (max + std::log2(sum)) * static_cast<V>(LN_2); }
+  SPARSECOD_HOST_DEVICE V log_sum_exp() const { return max + std::log(sum); }
 };
 
 }  // namespace sparsecod

@@ -154,22 +154,15 @@ struct Kernel {
     }
   }
 
-  struct Scale {
-    V value, tangent;
-
-    explicit SPARSECOD_INLINE Scale(Real scale)
-        : value(V{} + static_cast<Real>(scale * LOG2_E)), tangent(V{} + scale) {}
-  };
-
-  static SPARSECOD_INLINE Dual<V> scaled(const Real* score, const Real* score_tangent, Scale scale) {
-    return {load(score) * scale.value, load(score_tangent) * scale.tangent};
+  static SPARSECOD_INLINE Dual<V> scaled(const Real* score, const Real* score_tangent, V scale) {
+    return {load(score) * scale, load(score_tangent) * scale};
   }
 
   // Turns scores of N queries into weights, and returns the factor by which what was accumulated shrinks.
-  static SPARSECOD_INLINE V weigh(SoftmaxRow<V>& row, Real* score, Real* score_tangent, int64_t keys, Scale scale,
+  static SPARSECOD_INLINE V weigh(SoftmaxRow<V>& row, Real* score, Real* score_tangent, int64_t keys, V scale,
                                   bool first) {
-    V largest = load(score) * scale.value;
-    for (int64_t key = 1; key < keys; ++key) largest = larger(load(score + key * QUERIES) * scale.value, largest);
+    V largest = load(score) * scale;
+    for (int64_t key = 1; key < keys; ++key) largest = larger(load(score + key * QUERIES) * scale, largest);
     const V factor = row.raise(largest);
     if (first) {
       Dual<V> sum{};
@@ -233,7 +226,7 @@ struct Kernel {
       for (int64_t query = begin; query < QUERIES; query += N) {
         Real factors[N];
         store(factors, weigh(softmax[query / N], scratch.score + query, scratch.score_tangent + query, keys,
-                             Scale(problem.scale), first_key == 0));
+                             V{} + problem.scale, first_key == 0));
         for (int64_t i = 0; i < N; ++i) {
           if (factors[i] == 1) continue;
           for (int64_t column = (query + i) * pitch; column < (query + i + 1) * pitch; ++column) {

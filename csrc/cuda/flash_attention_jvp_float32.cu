@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(THREADS, 1) flash_attention_jvp_float32(const 
       for (int i = 0; i < KEYS_EACH; ++i) {
         Dual<float>& s = score[row][i];
         const bool seen = first_key + x + i * SIDE <= last_key;
-        s.value = seen ? s.value * problem.scale * static_cast<float>(LOG2_E) : -std::numeric_limits<float>::infinity();
+        s.value = seen ? s.value * problem.scale : -std::numeric_limits<float>::infinity();
         s.tangent = seen ? s.tangent * problem.scale : 0;
         largest = fmaxf(largest, s.value);
       }

@@ -137,7 +137,6 @@ __global__ void __launch_bounds__(THREADS, 2) flash_attention_jvp_mma(const __gr
   const int last_key_of_warp = problem.last_key(tile.first_query + first_row + WARP_QUERIES - 1);
   const int first_key_masked = problem.last_key(tile.first_query + first_row) + 1;
   const int last_key_of_block = problem.last_key(tile.first_query + QUERIES - 1);
-  const float log2_scale = problem.scale * static_cast<float>(LOG2_E);
 
   SoftmaxRow<float> rows[2] = {SoftmaxRow<float>::empty(), SoftmaxRow<float>::empty()};  // sums: this lane's part
   FragmentD output[COLUMNS / 8] = {}, output_tangent[COLUMNS / 8] = {};
@@ -175,7 +174,7 @@ __global__ void __launch_bounds__(THREADS, 2) flash_attention_jvp_mma(const __gr
     for (int at = 0; at < KEYS / 8; ++at) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        score[at][i] *= log2_scale;
+        score[at][i] *= problem.scale;
         score_tangent[at][i] *= problem.scale;
       }
     }
