@@ -2,9 +2,10 @@
 //
 // With scores s_j, their tangents s'_j, values v_j and v'_j, and p_j = exp(s_j - max), attention and its tangent are
 //   o  = sum p v / sum p
-//   o' = sum p ((s' - c) v + v') / sum p - (sum p (s' - c) / sum p) o       for any c.
-// Kernels accumulate the dual number (sum p v, sum p (s' - c) v + p v'). c is the mean tangent among the first keys:
-// what all s' of a query have in common cancels, but in 16-bit factors of a product it would take the place of digits.
+//   o' = sum p ((s' - c) v + v') / sum p,  c = sum p s' / sum p.
+// Kernels accumulate the dual number (sum p v, sum p ((s' - c) v + v')), max and c those of the keys so far: when either
+// changes, what was accumulated changes with it. Taking c into account at the end instead would cost digits where all
+// s' of a query have much in common, or one key all the weight.
 //
 // Generic over V: float or double for one query, or a vector of lanes for several.
 
@@ -58,44 +59,53 @@ SPARSECOD_HOST_DEVICE V exponential(V x) {
 
 template <typename V>
 struct SoftmaxRow {
-  V max;          // of the scores so far
-  V sum;          // of p
-  V tangent_sum;  // of p (s' - shift)
-  V shift;
+  V max;           // of the scores so far
+  V sum;           // of p
+  V tangent_sum;   // of p s'
+  V mean_tangent;  // c
+
+  // What becomes of what was accumulated.
+  struct Change {
+    V factor, shift;
+
+    SPARSECOD_HOST_DEVICE Dual<V> operator()(Dual<V> accumulated) const {
+      return {factor * accumulated.value, factor * accumulated.tangent + shift * accumulated.value};
+    }
+  };
 
   static SPARSECOD_HOST_DEVICE SoftmaxRow empty() {
     return {V{} - std::numeric_limits<float>::infinity(), V{}, V{}, V{}};
   }
 
-  // Takes in the largest score of the next keys. Returns the factor by which all that was accumulated shrinks; the
-  // sums of this row have shrunk already.
+  // First the largest score of the next keys is taken in, which makes their weights. Returns by how much earlier weights
+  // shrink.
   SPARSECOD_HOST_DEVICE V raise(V largest) {
     const V before = max;
     max = larger(largest, max);
-    const V factor = exponential<V>(before - max);
-    sum *= factor;
-    tangent_sum *= factor;
-    return factor;
+    return exponential<V>(before - max);
   }
 
-  // p and p (s' - shift).
-  SPARSECOD_HOST_DEVICE Dual<V> weigh(Dual<V> score) const {
-    const V weight = exponential<V>(score.value - max);
-    return {weight, weight * (score.tangent - shift)};
+  // p.
+  SPARSECOD_HOST_DEVICE V weigh(V score) const { return exponential<V>(score - max); }
+
+  // Then the sums of their p and p s' are.
+  SPARSECOD_HOST_DEVICE Change add(V factor, Dual<V> sums) {
+    sum = sum * factor + sums.value;
+    tangent_sum = tangent_sum * factor + sums.tangent;
+    const V before = mean_tangent;
+    mean_tangent = tangent_sum / sum;
+    return {factor, factor * (before - mean_tangent)};
   }
 
-  SPARSECOD_HOST_DEVICE void add(Dual<V> weights) {
-    sum += weights.value;
-    tangent_sum += weights.tangent;
+  // p (s' - c).
+  SPARSECOD_HOST_DEVICE V weigh_tangent(V weight, V score_tangent) const {
+    return weight * (score_tangent - mean_tangent);
   }
-
-  // Sets the shift, given the sums of the first keys' weights.
-  SPARSECOD_HOST_DEVICE void centre(Dual<V> weights) { shift = weights.tangent / weights.value; }
 
   // o and o', given what was accumulated.
   SPARSECOD_HOST_DEVICE Dual<V> output(Dual<V> accumulated) const {
-    const V inverse = 1 / sum, value = accumulated.value * inverse;
-    return {value, (accumulated.tangent - tangent_sum * value) * inverse};
+    const V inverse = 1 / sum;
+    return {accumulated.value * inverse, accumulated.tangent * inverse};
   }
 
   // ln sum exp(s).

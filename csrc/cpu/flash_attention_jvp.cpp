@@ -154,30 +154,23 @@ struct Kernel {
     }
   }
 
-  static SPARSECOD_INLINE Dual<V> scaled(const Real* score, const Real* score_tangent, V scale) {
-    return {load(score) * scale, load(score_tangent) * scale};
-  }
-
-  // Turns scores of N queries into weights, and returns the factor by which what was accumulated shrinks.
-  static SPARSECOD_INLINE V weigh(SoftmaxRow<V>& row, Real* score, Real* score_tangent, int64_t keys, V scale,
-                                  bool first) {
-    V largest = load(score) * scale;
-    for (int64_t key = 1; key < keys; ++key) largest = larger(load(score + key * QUERIES) * scale, largest);
+  // Turns scores of N queries into weights, and returns what becomes of what was accumulated.
+  static SPARSECOD_INLINE typename SoftmaxRow<V>::Change weigh(SoftmaxRow<V>& row, Real* score, Real* score_tangent,
+                                                               int64_t keys) {
+    V largest = load(score);
+    for (int64_t key = 1; key < keys; ++key) largest = larger(load(score + key * QUERIES), largest);
     const V factor = row.raise(largest);
-    if (first) {
-      Dual<V> sum{};
-      for (int64_t at = 0; at < keys * QUERIES; at += QUERIES) {
-        sum = sum + row.weigh(scaled(score + at, score_tangent + at, scale));
-      }
-      row.centre(sum);
-    }
+    Dual<V> sums{};
     for (int64_t at = 0; at < keys * QUERIES; at += QUERIES) {
-      const Dual<V> weight = row.weigh(scaled(score + at, score_tangent + at, scale));
-      row.add(weight);
-      store(score + at, weight.value);
-      store(score_tangent + at, weight.tangent);
+      const V weight = row.weigh(load(score + at));
+      store(score + at, weight);
+      sums = sums + Dual<V>{weight, weight * load(score_tangent + at)};
     }
-    return factor;
+    const auto change = row.add(factor, sums);
+    for (int64_t at = 0; at < keys * QUERIES; at += QUERIES) {
+      store(score_tangent + at, row.weigh_tangent(load(score + at), load(score_tangent + at)));
+    }
+    return change;
   }
 
   // The first query of a block that sees a key.
@@ -216,6 +209,10 @@ struct Kernel {
       add_product(score, QUERIES, k, scratch.q + begin, QUERIES, keys, count, width);
       add_product(score_tangent, QUERIES, k, scratch.q_tangent + begin, QUERIES, keys, count, width);
       add_product(score_tangent, QUERIES, k_tangent, scratch.q + begin, QUERIES, keys, count, width);
+      for (int64_t i = 0; i < keys * QUERIES; ++i) {
+        scratch.score[i] *= problem.scale;
+        scratch.score_tangent[i] *= problem.scale;
+      }
       for (int64_t key = 0; key < keys; ++key) {
         const int64_t unseen = first_seeing(problem, first_key + key, first_query) - begin;
         std::fill(score + key * QUERIES, score + key * QUERIES + unseen,
@@ -224,14 +221,16 @@ struct Kernel {
       }
 
       for (int64_t query = begin; query < QUERIES; query += N) {
-        Real factors[N];
-        store(factors, weigh(softmax[query / N], scratch.score + query, scratch.score_tangent + query, keys,
-                             V{} + problem.scale, first_key == 0));
+        const auto change = weigh(softmax[query / N], scratch.score + query, scratch.score_tangent + query, keys);
+        Real factor[N], shift[N];
+        store(factor, change.factor);
+        store(shift, change.shift);
         for (int64_t i = 0; i < N; ++i) {
-          if (factors[i] == 1) continue;
-          for (int64_t column = (query + i) * pitch; column < (query + i + 1) * pitch; ++column) {
-            scratch.output[column] *= factors[i];
-            scratch.output_tangent[column] *= factors[i];
+          const typename SoftmaxRow<Real>::Change change_row = {factor[i], shift[i]};
+          for (int64_t at = (query + i) * pitch; at < (query + i + 1) * pitch; ++at) {
+            const Dual<Real> changed = change_row({scratch.output[at], scratch.output_tangent[at]});
+            scratch.output[at] = changed.value;
+            scratch.output_tangent[at] = changed.tangent;
           }
         }
       }
@@ -246,11 +245,10 @@ struct Kernel {
 
     for (int64_t query = 0; query < queries; ++query) {
       const SoftmaxRow<V>& lanes = softmax[query / N];
-      Real max[N], sum[N], tangent_sum[N];
+      Real max[N], sum[N];
       store(max, lanes.max);
       store(sum, lanes.sum);
-      store(tangent_sum, lanes.tangent_sum);
-      const SoftmaxRow<Real> row = {max[query % N], sum[query % N], tangent_sum[query % N], 0};
+      const SoftmaxRow<Real> row = {max[query % N], sum[query % N], 0, 0};
       T* const to = problem.output.row(batch, head, first_query + query);
       T* const tangent_to = problem.output_tangent.row(batch, head, first_query + query);
       for (int64_t i = 0; i < width; ++i) {

@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(THREADS, 1) flash_attention_jvp_float32(const 
       }
     }
 
-    float factor[2];
+    SoftmaxRow<float>::Change change[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const int query = y + row * SIDE, last_key = problem.last_key(tile.first_query + query);
@@ -134,19 +134,20 @@ __global__ void __launch_bounds__(THREADS, 1) flash_attention_jvp_float32(const 
         s.tangent = seen ? s.tangent * problem.scale : 0;
         largest = fmaxf(largest, s.value);
       }
-      factor[row] = rows[row].raise(side_max(largest));
-      if (first_key == 0) {
-        Dual<float> sum = {0, 0};
-#pragma unroll
-        for (int i = 0; i < KEYS_EACH; ++i) sum = sum + rows[row].weigh(score[row][i]);
-        rows[row].centre({side_sum(sum.value), side_sum(sum.tangent)});
-      }
+      const float factor = rows[row].raise(side_max(largest));
+      Dual<float> sums = {0, 0};
 #pragma unroll
       for (int i = 0; i < KEYS_EACH; ++i) {
-        const Dual<float> weight = rows[row].weigh(score[row][i]);
-        rows[row].add(weight);
-        shared.weight[query][x + i * SIDE] = weight.value;
-        shared.weight_tangent[query][x + i * SIDE] = weight.tangent;
+        Dual<float>& s = score[row][i];
+        s.value = rows[row].weigh(s.value);  // from here on a weight
+        sums = sums + Dual<float>{s.value, s.value * s.tangent};
+      }
+      change[row] = rows[row].add(factor, {side_sum(sums.value), side_sum(sums.tangent)});
+#pragma unroll
+      for (int i = 0; i < KEYS_EACH; ++i) {
+        const Dual<float>& s = score[row][i];
+        shared.weight[query][x + i * SIDE] = s.value;
+        shared.weight_tangent[query][x + i * SIDE] = rows[row].weigh_tangent(s.value, s.tangent);
       }
     }
     __syncwarp();
@@ -179,8 +180,7 @@ __global__ void __launch_bounds__(THREADS, 1) flash_attention_jvp_float32(const 
 #pragma unroll
         for (int i = 0; i < QUAD; ++i) {
           Dual<float>& sum = output[row][band][i];
-          sum = {sum.value * factor[row] + part[row][band][i].value,
-                 sum.tangent * factor[row] + part[row][band][i].tangent};
+          sum = change[row](sum) + part[row][band][i];
         }
       }
     }
@@ -189,8 +189,6 @@ __global__ void __launch_bounds__(THREADS, 1) flash_attention_jvp_float32(const 
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     const int query = tile.first_query + y + row * SIDE;
-    rows[row].sum = side_sum(rows[row].sum);
-    rows[row].tangent_sum = side_sum(rows[row].tangent_sum);
     if (query >= problem.queries) continue;
     if (x == 0) {
       const int64_t head = static_cast<int64_t>(tile.batch) * problem.heads + tile.head;

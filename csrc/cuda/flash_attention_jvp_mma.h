@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(THREADS, 2) flash_attention_jvp_mma(const __gr
   const int first_key_masked = problem.last_key(tile.first_query + first_row) + 1;
   const int last_key_of_block = problem.last_key(tile.first_query + QUERIES - 1);
 
-  SoftmaxRow<float> rows[2] = {SoftmaxRow<float>::empty(), SoftmaxRow<float>::empty()};  // sums: this lane's part
+  SoftmaxRow<float> rows[2] = {SoftmaxRow<float>::empty(), SoftmaxRow<float>::empty()};
   FragmentD output[COLUMNS / 8] = {}, output_tangent[COLUMNS / 8] = {};
 
   for (int first_key = 0, turn = 0; first_key <= last_key_of_block; first_key += KEYS, turn ^= 1) {
@@ -195,27 +195,29 @@ __global__ void __launch_bounds__(THREADS, 2) flash_attention_jvp_mma(const __gr
 #pragma unroll
       for (int i = 0; i < 4; ++i) largest[i / 2] = fmaxf(largest[i / 2], score[at][i]);
     }
-    float factor[2];
+    SoftmaxRow<float>::Change change[2];
 #pragma unroll
-    for (int row = 0; row < 2; ++row) factor[row] = rows[row].raise(quad_max(largest[row]));
-    if (first_key == 0) {
+    for (int row = 0; row < 2; ++row) {
+      const float factor = rows[row].raise(quad_max(largest[row]));
+      Dual<float> sums = {0, 0};
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        Dual<float> sum = {0, 0};
+      for (int at = 0; at < KEYS / 8; ++at) {
 #pragma unroll
-        for (int at = 0; at < KEYS / 8; ++at) {
-          sum = sum + rows[row].weigh({score[at][2 * row], score_tangent[at][2 * row]});
-          sum = sum + rows[row].weigh({score[at][2 * row + 1], score_tangent[at][2 * row + 1]});
+        for (int i = 2 * row; i < 2 * row + 2; ++i) {
+          score[at][i] = rows[row].weigh(score[at][i]);  // from here on a weight
+          sums.value += score[at][i];
+          sums.tangent += score[at][i] * score_tangent[at][i];
         }
-        rows[row].centre({quad_sum(sum.value), quad_sum(sum.tangent)});
       }
+      change[row] = rows[row].add(factor, {quad_sum(sums.value), quad_sum(sums.tangent)});
     }
 #pragma unroll
     for (int at = 0; at < COLUMNS / 8; ++at) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        output[at][i] *= factor[i / 2];
-        output_tangent[at][i] *= factor[i / 2];
+        const Dual<float> changed = change[i / 2]({output[at][i], output_tangent[at][i]});
+        output[at][i] = changed.value;
+        output_tangent[at][i] = changed.tangent;
       }
     }
 
@@ -225,11 +227,10 @@ __global__ void __launch_bounds__(THREADS, 2) flash_attention_jvp_mma(const __gr
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int at = key / 8 + i / 2, row = i % 2;
-        const Dual<float> lower = rows[row].weigh({score[at][2 * row], score_tangent[at][2 * row]});
-        const Dual<float> upper = rows[row].weigh({score[at][2 * row + 1], score_tangent[at][2 * row + 1]});
-        rows[row].add(lower + upper);
-        weight[i] = pair<T>(lower.value, upper.value);
-        weight_tangent[i] = pair<T>(lower.tangent, upper.tangent);
+        const float lower = score[at][2 * row], upper = score[at][2 * row + 1];
+        weight[i] = pair<T>(lower, upper);
+        weight_tangent[i] = pair<T>(rows[row].weigh_tangent(lower, score_tangent[at][2 * row]),
+                                    rows[row].weigh_tangent(upper, score_tangent[at][2 * row + 1]));
       }
 #pragma unroll
       for (int column = 0; column < COLUMNS; column += 16) {
@@ -251,8 +252,6 @@ __global__ void __launch_bounds__(THREADS, 2) flash_attention_jvp_mma(const __gr
   __syncwarp();
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    rows[row].sum = quad_sum(rows[row].sum);
-    rows[row].tangent_sum = quad_sum(rows[row].tangent_sum);
     const int row_here = first_row + lane / 4 + 8 * row;
 #pragma unroll
     for (int at = 0; at < COLUMNS / 8; ++at) {
