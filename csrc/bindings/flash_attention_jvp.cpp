@@ -1,0 +1,146 @@
+// sparsecod::flash_attention_jvp: schema, argument checks, shape inference, registration.
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/operators.h"
+#include "checks.h"
+#include "on_cuda.h"
+
+#if defined(SPARSECOD_CUDA)
+#include "../cuda/flash_attention_jvp.h"
+#endif
+
+namespace sparsecod {
+namespace {
+
+using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& q_tangent,
+           const at::Tensor& k_tangent, const at::Tensor& v_tangent, std::optional<double> scale, bool causal) {
+  check_floating("q", q);
+  TORCH_CHECK_VALUE(q.dim() == 4 && q.sym_size(3) > 0, "q has shape ", q.sym_sizes(),
+                    ", but must have shape [B, H, T, D] with D > 0");
+  const c10::SymInt batch = q.sym_size(0), heads = q.sym_size(1), queries = q.sym_size(2), head_dim = q.sym_size(3);
+  TORCH_CHECK_VALUE(k.dim() == 4 && k.sym_size(0) == batch && k.sym_size(3) == head_dim, "k has shape ", k.sym_sizes(),
+                    ", but must have shape [", batch, ", H_kv, S, ", head_dim, "]");
+  const c10::SymInt kv_heads = k.sym_size(1), keys = k.sym_size(2);
+  TORCH_CHECK_VALUE(kv_heads > 0 && heads % kv_heads == 0, "k has ", kv_heads, " heads, but must have a divisor of q's ",
+                    heads);
+  TORCH_CHECK_VALUE(keys > 0, "k has shape ", k.sym_sizes(), ", but must have at least one key");
+  TORCH_CHECK_VALUE(!causal || keys >= queries, "k has ", keys, " keys, but must have at least as many as q's ", queries,
+                    " queries if causal");
+  check_like("k", k, "q", q);
+  check_same_shape("v", v, "k", k);
+  check_like("v", v, "q", q);
+  check_same_shape("q_tangent", q_tangent, "q", q);
+  check_like("q_tangent", q_tangent, "q", q);
+  check_same_shape("k_tangent", k_tangent, "k", k);
+  check_like("k_tangent", k_tangent, "q", q);
+  check_same_shape("v_tangent", v_tangent, "k", k);
+  check_like("v_tangent", v_tangent, "q", q);
+  TORCH_CHECK_VALUE(!scale || std::isfinite(*scale), "scale is ", *scale, ", but must be finite");
+}
+
+// Uninitialised, without gaps, its first three dimensions in the order in which `model` has them in memory.
+at::Tensor empty_in_order_of(const at::Tensor& model) {
+  std::array<int64_t, 3> outermost_first = {0, 1, 2};
+  std::stable_sort(outermost_first.begin(), outermost_first.end(),
+                   [&](int64_t i, int64_t j) { return model.sym_stride(i) > model.sym_stride(j); });
+  std::vector<c10::SymInt> strides(4, 1);
+  c10::SymInt stride = model.sym_size(3);
+  for (int i = 2; i >= 0; --i) {
+    strides[outermost_first[i]] = stride;
+    stride = stride * model.sym_size(outermost_first[i]);
+  }
+  return at::empty_strided_symint(model.sym_sizes(), strides, model.options());
+}
+
+// Returns o, o's tangent and log-sum-exp, not yet written.
+Result prepare(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& q_tangent,
+               const at::Tensor& k_tangent, const at::Tensor& v_tangent, std::optional<double> scale, bool causal) {
+  check(q, k, v, q_tangent, k_tangent, v_tangent, scale, causal);
+  const at::ScalarType real = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return {empty_in_order_of(q), empty_in_order_of(q),
+          at::empty_symint({q.sym_size(0), q.sym_size(1), q.sym_size(2)}, q.options().dtype(real))};
+}
+
+double scale_or_default(std::optional<double> scale, const at::Tensor& q) {
+  return scale.value_or(1 / std::sqrt(static_cast<double>(q.size(3))));
+}
+
+Result on_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& q_tangent,
+              const at::Tensor& k_tangent, const at::Tensor& v_tangent, std::optional<double> scale, bool causal) {
+  const Result result = prepare(q, k, v, q_tangent, k_tangent, v_tangent, scale, causal);
+  const auto& [output, output_tangent, log_sum_exp] = result;
+  const auto in_rows = [](const at::Tensor& tensor) { return tensor.stride(3) == 1 ? tensor : tensor.contiguous(); };
+  if (output.numel() > 0) {
+    cpu::flash_attention_jvp(in_rows(q), in_rows(k), in_rows(v), in_rows(q_tangent), in_rows(k_tangent),
+                             in_rows(v_tangent), scale_or_default(scale, q), causal, output, output_tangent,
+                             log_sum_exp);
+  }
+  return result;
+}
+
+#if defined(SPARSECOD_CUDA)
+// The tensor itself if its rows start at multiples of 16 bytes, else a copy.
+at::Tensor aligned(const at::Tensor& tensor) {
+  bool fits = tensor.stride(3) == 1 && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  for (int i = 0; i < 3; ++i) {
+    fits &= tensor.size(i) == 1 || tensor.stride(i) * tensor.element_size() % 16 == 0;
+  }
+  return fits ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
+}
+
+Result on_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& q_tangent,
+               const at::Tensor& k_tangent, const at::Tensor& v_tangent, std::optional<double> scale, bool causal) {
+  const c10::cuda::CUDAGuard device(q.device());
+  const Result result = prepare(q, k, v, q_tangent, k_tangent, v_tangent, scale, causal);
+  const int64_t head_dim = q.size(3);
+  TORCH_CHECK_VALUE(head_dim % 8 == 0 && head_dim >= 32 && head_dim <= 256, "q has head dimension ", head_dim,
+                    ", but must have a multiple of 8 from 32 to 256 on ", q.device());
+  const auto& [output, output_tangent, log_sum_exp] = result;
+  if (output.numel() == 0) return result;
+  const std::array<at::Tensor, 8> tensors = {aligned(q),         aligned(k),         aligned(v),
+                                             aligned(q_tangent), aligned(k_tangent), aligned(v_tangent),
+                                             output,             output_tangent};
+  std::array<int64_t, 3 * tensors.size()> strides;
+  for (size_t i = 0; i < strides.size(); ++i) strides[i] = tensors[i / 3].stride(i % 3);
+  const auto input = [&](int i) { return tensors[i].const_data_ptr(); };
+  C10_CUDA_CHECK(sparsecod_flash_attention_jvp(
+      input(0), input(1), input(2), input(3), input(4), input(5), output.mutable_data_ptr(),
+      output_tangent.mutable_data_ptr(), log_sum_exp.mutable_data_ptr<float>(), dtype_of(q), q.size(0), q.size(1),
+      k.size(1), q.size(2), k.size(2), head_dim, strides.data(), static_cast<float>(scale_or_default(scale, q)), causal,
+      c10::cuda::getCurrentCUDAStream()));
+  return result;
+}
+#endif
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(sparsecod, m) {
+  m.def(
+      "flash_attention_jvp(Tensor q, Tensor k, Tensor v, Tensor q_tangent, Tensor k_tangent, Tensor v_tangent, "
+      "float? scale=None, bool causal=True) -> (Tensor, Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(sparsecod, CPU, m) { m.impl("flash_attention_jvp", on_cpu); }
+#if defined(SPARSECOD_CUDA)
+TORCH_LIBRARY_IMPL(sparsecod, CUDA, m) { m.impl("flash_attention_jvp", on_cuda); }
+#endif
+TORCH_LIBRARY_IMPL(sparsecod, Meta, m) { m.impl("flash_attention_jvp", prepare); }
+TORCH_LIBRARY_IMPL(sparsecod, Autograd, m) {
+  m.impl("flash_attention_jvp", torch::autograd::autogradNotImplementedFallback());
+}
+
+}  // namespace sparsecod

@@ -1,0 +1,115 @@
+// Softmax attention and its tangent, one query at a time over blocks of keys, for CPU and CUDA kernels.
+//
+// With scores s_j, their tangents s'_j, values v_j and v'_j, and p_j = exp(s_j - max), attention and its tangent are
+//   o  = sum p v / sum p
+//   o' = sum p ((s' - c) v + v') / sum p,  c = sum p s' / sum p.
+// Kernels accumulate the dual number (sum p v, sum p ((s' - c) v + v')), max and c those of the keys so far: when either
+// changes, what was accumulated changes with it. Taking c into account at the end instead would cost digits where all
+// s' of a query have much in common, or one key all the weight.
+//
+// Generic over V: float or double for one query, or a vector of lanes for several.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "dual.h"
+#include "moments.h"
+
+namespace sparsecod {
+
+// 2^x in float32 for x <= 0, to a relative 2e-7; 0 below 2^-126.
+template <typename V>
+SPARSECOD_HOST_DEVICE V power_of_two(V x) {
+#if defined(__CUDA_ARCH__)
+  static_assert(std::is_same_v<V, float>);
+  V power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+#else  // 2^n 2^f with n = round(x), which adding ROUNDER leaves in the lowest bits
+  using Bits = std::conditional_t<std::is_same_v<V, float>, int32_t, decltype(x < x)>;
+  constexpr float ROUNDER = 3 << 22;
+  constexpr float TERMS[] = {1.0f,            6.931471806e-1f, 2.402265070e-1f, 5.550410866e-2f,  // ln(2)^k / k!
+                             9.618129108e-3f, 1.333355815e-3f, 1.540353039e-4f, 1.525273380e-5f};
+  const V rounded = x + ROUNDER, fraction = x - (rounded - ROUNDER);
+  V power = V{} + TERMS[7];
+  for (int k = 6; k >= 0; --k) power = power * fraction + TERMS[k];
+  Bits bits;
+  std::memcpy(&bits, &rounded, sizeof(bits));
+  bits = (bits << 23) + (127 << 23);  // n in the exponent
+  V scale;
+  std::memcpy(&scale, &bits, sizeof(scale));
+  return x < -126.0f ? V{} : power * scale;
+#endif
+}
+
+// e^x for x <= 0.
+template <typename V>
+SPARSECOD_HOST_DEVICE V exponential(V x) {
+  if constexpr (std::is_same_v<V, double>) {
+    return std::exp(x);
+  } else {
+    return power_of_two<V>(x * 1.4426950409f);  // log2(e)
+  }
+}
+
+template <typename V>
+struct SoftmaxRow {
+  V max;           // of the scores so far
+  V sum;           // of p
+  V tangent_sum;   // of p s'
+  V mean_tangent;  // c
+
+  // What becomes of what was accumulated.
+  struct Change {
+    V factor, shift;
+
+    SPARSECOD_HOST_DEVICE Dual<V> operator()(Dual<V> accumulated) const {
+      return {factor * accumulated.value, factor * accumulated.tangent + shift * accumulated.value};
+    }
+  };
+
+  static SPARSECOD_HOST_DEVICE SoftmaxRow empty() {
+    return {V{} - std::numeric_limits<float>::infinity(), V{}, V{}, V{}};
+  }
+
+  // First the largest score of the next keys is taken in, which makes their weights. Returns by how much earlier weights
+  // shrink.
+  SPARSECOD_HOST_DEVICE V raise(V largest) {
+    const V before = max;
+    max = larger(largest, max);
+    return exponential<V>(before - max);
+  }
+
+  // p.
+  SPARSECOD_HOST_DEVICE V weigh(V score) const { return exponential<V>(score - max); }
+
+  // Then the sums of their p and p s' are.
+  SPARSECOD_HOST_DEVICE Change add(V factor, Dual<V> sums) {
+    sum = sum * factor + sums.value;
+    tangent_sum = tangent_sum * factor + sums.tangent;
+    const V before = mean_tangent;
+    mean_tangent = tangent_sum / sum;
+    return {factor, factor * (before - mean_tangent)};
+  }
+
+  // p (s' - c).
+  SPARSECOD_HOST_DEVICE V weigh_tangent(V weight, V score_tangent) const {
+    return weight * (score_tangent - mean_tangent);
+  }
+
+  // o and o', given what was accumulated.
+  SPARSECOD_HOST_DEVICE Dual<V> output(Dual<V> accumulated) const {
+    const V inverse = 1 / sum;
+    return {accumulated.value * inverse, accumulated.tangent * inverse};
+  }
+
+  // ln sum exp(s).
+  SPARSECOD_HOST_DEVICE V log_sum_exp() const { return max + std::log(sum); }
+};
+
+}  // namespace sparsecod

@@ -1,0 +1,91 @@
+"""Softmax attention and its tangent, without the T x S matrix of scores in memory.
+
+The kernels are csrc/cpu/flash_attention_jvp.cpp and csrc/cuda/flash_attention_jvp*, the maths of all csrc/common/softmax.h.
+They extend FlashAttention-2 (Dao, 2023, arXiv:2307.08691) to dual numbers.
+
+Axes: B batch, H query heads, T queries, S keys, D head dimension.
+"""
+
+import torch
+from torch import Tensor
+
+from sparsecod_mcore.ops.cuda_build import register_cuda_fallback
+
+_OPERATOR = torch.ops.sparsecod.flash_attention_jvp.default
+
+
+def flash_attention_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_tangent: Tensor,
+    k_tangent: Tensor,
+    v_tangent: Tensor,
+    scale: float | None = None,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return o = softmax(scale q k^T) v, its derivative along the tangents, and log-sum-exp of the scores.
+
+    With weights p, scores s and s' = scale (q' k^T + q k'^T), for each query
+
+        o' = sum_j p_j (s'_j v_j + v'_j) - (sum_j p_j s'_j) o.
+
+    Sums are float32 (float64 for float64); results are rounded once. CUDA kernels for bfloat16 and float16 round p
+    and p (s' - c), c a constant of the query, to the inputs' dtype before they multiply v. Not differentiable: backward
+    through a result raises.
+
+    Args:
+        q: [B, H, T, D], float32, bfloat16, float16, or on CPU float64. Strides are free, so Megatron's [T, B, H, D] can
+            be passed as a permuted view; where the last dimension is not contiguous, or rows do not start at
+            multiples of 16 bytes on CUDA, a copy is made. D is any on CPU, and on CUDA a multiple of 8 from 32 to 256.
+        k: [B, H_kv, S, D], of q's dtype and device. H is a multiple of H_kv: query head h uses key head h // (H / H_kv).
+        v: k's shape, q's dtype and device.
+        q_tangent: tangent of q, of its shape, dtype and device.
+        k_tangent: tangent of k, likewise.
+        v_tangent: tangent of v, likewise.
+        scale: factor of the scores; None for 1 / sqrt(D).
+        causal: whether query i sees keys j <= i + (S - T) only, so that the last query sees all; needs S >= T.
+
+    Returns:
+        o and its tangent, like q, its first three dimensions in the order in which q has them in memory; and the natural
+        logarithm of sum_j exp(s_j), [B, H, T], contiguous, float32 (float64 for float64).
+
+    Raises:
+        ValueError: names the argument that does not fit, what was given and what is accepted.
+    """
+    return _OPERATOR(q, k, v, q_tangent, k_tangent, v_tangent, scale, causal)
+
+
+def flash_attention_jvp_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_tangent: Tensor,
+    k_tangent: Tensor,
+    v_tangent: Tensor,
+    scale: float | None = None,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`flash_attention_jvp` in plain PyTorch, for any device and head dimension; holds all T x S scores at once."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[1] // k.shape[1]
+    q_BHTD, q_tangent_BHTD = q.to(dtype), q_tangent.to(dtype)
+    k_BHSD, v_BHSD, k_tangent_BHSD, v_tangent_BHSD = (
+        x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v, k_tangent, v_tangent)
+    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores_BHTS = scale * (q_BHTD @ k_BHSD.mT)
+    tangent_BHTS = scale * (q_tangent_BHTD @ k_BHSD.mT + q_BHTD @ k_tangent_BHSD.mT)
+    if causal:
+        T, S = scores_BHTS.shape[-2:]
+        unseen_TS = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
+        scores_BHTS = scores_BHTS.masked_fill(unseen_TS, -torch.inf)
+    weights_BHTS = scores_BHTS.softmax(-1)
+    mean_tangent_BHT1 = (weights_BHTS * tangent_BHTS).sum(-1, keepdim=True)
+    weight_tangents_BHTS = weights_BHTS * (tangent_BHTS - mean_tangent_BHT1)
+    output_BHTD = weights_BHTS @ v_BHSD
+    output_tangent_BHTD = weight_tangents_BHTS @ v_BHSD + weights_BHTS @ v_tangent_BHSD
+    return output_BHTD.to(q.dtype), output_tangent_BHTD.to(q.dtype), scores_BHTS.logsumexp(-1)
+
+
+register_cuda_fallback("flash_attention_jvp", flash_attention_jvp_reference)
