@@ -31,8 +31,8 @@ def flash_attention_jvp(
         o' = sum_j p_j (s'_j v_j + v'_j) - (sum_j p_j s'_j) o.
 
     Sums are float32 (float64 for float64); results are rounded once. CUDA kernels for bfloat16 and float16 round p
-    and p (s' - c), c the mean of s' over the keys so far, to the inputs' dtype before they multiply v. Not differentiable: backward
-    through a result raises.
+    and p (s' - c), c the mean of s' over the keys so far, to the inputs' dtype before they multiply v.
+    Not differentiable: backward through a result raises.
 
     Args:
         q: [B, H, T, D], float32, bfloat16, float16, or on CPU float64. Strides are free, so Megatron's [T, B, H, D] can
