@@ -34,11 +34,11 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const 
   TORCH_CHECK_VALUE(k.dim() == 4 && k.sym_size(0) == batch && k.sym_size(3) == head_dim, "k has shape ", k.sym_sizes(),
                     ", but must have shape [", batch, ", H_kv, S, ", head_dim, "]");
   const c10::SymInt kv_heads = k.sym_size(1), keys = k.sym_size(2);
-  TORCH_CHECK_VALUE(kv_heads > 0 && heads % kv_heads == 0, "k has ", kv_heads, " heads, but must have a divisor of q's ",
-                    heads);
+  TORCH_CHECK_VALUE(kv_heads > 0 && heads % kv_heads == 0, "k has ", kv_heads,
+                    " heads, but must have a divisor of q's ", heads);
   TORCH_CHECK_VALUE(keys > 0, "k has shape ", k.sym_sizes(), ", but must have at least one key");
-  TORCH_CHECK_VALUE(!causal || keys >= queries, "k has ", keys, " keys, but must have at least as many as q's ", queries,
-                    " queries if causal");
+  TORCH_CHECK_VALUE(!causal || keys >= queries, "k has ", keys, " keys, but must have at least as many as q's ",
+                    queries, " queries if causal");
   check_like("k", k, "q", q);
   check_same_shape("v", v, "k", k);
   check_like("v", v, "q", q);

@@ -3,9 +3,9 @@
 // With scores s_j, their tangents s'_j, values v_j and v'_j, and p_j = exp(s_j - max), attention and its tangent are
 //   o  = sum p v / sum p
 //   o' = sum p ((s' - c) v + v') / sum p,  c = sum p s' / sum p.
-// Kernels accumulate the dual number (sum p v, sum p ((s' - c) v + v')), max and c those of the keys so far: when either
-// changes, what was accumulated changes with it. Taking c into account at the end instead would cost digits where all
-// s' of a query have much in common, or one key all the weight.
+// Kernels accumulate the dual number (sum p v, sum p ((s' - c) v + v')), max and c those of the keys so far: when
+// either changes, what was accumulated changes with it. Taking c into account at the end instead would cost digits
+// where all s' of a query have much in common, or one key all the weight.
 //
 // Generic over V: float or double for one query, or a vector of lanes for several.
 
@@ -77,8 +77,8 @@ struct SoftmaxRow {
     return {V{} - std::numeric_limits<float>::infinity(), V{}, V{}, V{}};
   }
 
-  // First the largest score of the next keys is taken in, which makes their weights. Returns by how much earlier weights
-  // shrink.
+  // First the largest score of the next keys is taken in, which their weights need. Returns the factor by which earlier
+  // weights shrink.
   SPARSECOD_HOST_DEVICE V raise(V largest) {
     const V before = max;
     max = larger(largest, max);

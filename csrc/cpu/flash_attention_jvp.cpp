@@ -1,5 +1,5 @@
-// Attention and its tangent, a block of queries at a time over tiles of keys. Lanes are queries where scores are weighed,
-// and columns where outputs are summed, so that no step needs sums across lanes or transposed keys.
+// Attention and its tangent, a block of queries at a time over tiles of keys. Lanes are queries where scores are
+// weighed, and columns where outputs are summed, so that no step needs sums across lanes or transposed keys.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -18,7 +18,7 @@ namespace sparsecod::cpu {
 namespace {
 
 constexpr int64_t QUERIES = 96, KEYS = 48;  // of a block and of a tile; scratch for a head of 128 takes 300 KB
-constexpr int64_t MAX_DEPTH = 64;                // products added up in one chain, before the sum joins others
+constexpr int64_t MAX_DEPTH = 64;                 // products added up in one chain, before the sum joins others
 constexpr int64_t PRODUCTS_PER_THREAD = 1 << 18;  // fewer are not worth waking one
 
 // A tensor [batch, head, row, column], contiguous in the last dimension. Strides are in elements.
@@ -66,10 +66,10 @@ class Scratch {
     for (size_t i = 0; i < std::size(arrays); next += (sizes[i++] + LINE - 1) / LINE * LINE) *arrays[i] = next;
   }
 
-  Real *q, *q_tangent;          // [D, QUERIES]
-  Real *k, *k_tangent;          // [KEYS, D]
-  Real *v, *v_tangent;          // [KEYS, pitch]
-  Real *score, *score_tangent;  // [KEYS, QUERIES], then weights
+  Real *q, *q_tangent;            // [D, QUERIES]
+  Real *k, *k_tangent;            // [KEYS, D]
+  Real *v, *v_tangent;            // [KEYS, pitch]
+  Real *score, *score_tangent;    // [KEYS, QUERIES]; then weights
   Real *output, *output_tangent;  // [QUERIES, pitch]
   const int64_t pitch;
 
@@ -215,8 +215,7 @@ struct Kernel {
       }
       for (int64_t key = 0; key < keys; ++key) {
         const int64_t unseen = first_seeing(problem, first_key + key, first_query) - begin;
-        std::fill(score + key * QUERIES, score + key * QUERIES + unseen,
-                  -std::numeric_limits<Real>::infinity());
+        std::fill(score + key * QUERIES, score + key * QUERIES + unseen, -std::numeric_limits<Real>::infinity());
         std::fill(score_tangent + key * QUERIES, score_tangent + key * QUERIES + unseen, Real{0});
       }
 
@@ -237,7 +236,8 @@ struct Kernel {
 
       const Left weight = {score, 1, QUERIES}, weight_tangent = {score_tangent, 1, QUERIES};
       const int64_t rows = queries - begin;
-      Real *const output = scratch.output + begin * pitch, *const output_tangent = scratch.output_tangent + begin * pitch;
+      Real* const output = scratch.output + begin * pitch;
+      Real* const output_tangent = scratch.output_tangent + begin * pitch;
       add_product(output, pitch, weight, scratch.v, pitch, rows, pitch, keys);
       add_product(output_tangent, pitch, weight_tangent, scratch.v, pitch, rows, pitch, keys);
       add_product(output_tangent, pitch, weight, scratch.v_tangent, pitch, rows, pitch, keys);

@@ -9,8 +9,8 @@
 // q [batch, heads, queries, head_dim], k and v [batch, kv_heads, keys, head_dim], and their tangents
 // -> output and output_tangent like q, and float32 log_sum_exp [batch, heads, queries], contiguous.
 //
-// `strides` [8, 3], on the host: of q, k, v, their tangents in this order, output and output_tangent, for the first three
-// dimensions, in elements; the last is contiguous. Rows of tensors start at multiples of 16 bytes, head_dim is a
+// `strides` [8, 3], on the host: of q, k, v, their tangents in this order, output and output_tangent, for the first
+// three dimensions, in elements; the last is contiguous. Rows of tensors start at multiples of 16 bytes, head_dim is a
 // multiple of 8 from 32 to 256, heads one of kv_heads. If `causal`, query i sees keys up to i + keys - queries, which
 // is not negative.
 extern "C" cudaError_t sparsecod_flash_attention_jvp(const void* q, const void* k, const void* v, const void* q_tangent,

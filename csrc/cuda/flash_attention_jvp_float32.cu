@@ -13,9 +13,9 @@ namespace sparsecod::cuda {
 namespace {
 
 constexpr int SIDE = 16, THREADS = SIDE * SIDE, QUERIES = 2 * SIDE;
-constexpr int QUAD = 4;                 // elements in 16 bytes
-constexpr int BAND = SIDE * QUAD;       // columns that the threads of a query cover at a time
-constexpr int PART = 32;                // columns of the products that make a part of a score
+constexpr int QUAD = 4;            // elements in 16 bytes
+constexpr int BAND = SIDE * QUAD;  // columns that the threads of a query cover at a time
+constexpr int PART = 32;           // columns of the products that make a part of a score
 
 // Rows in shared memory. The space between them lets sixteen threads read one column of sixteen rows, 16 bytes each, at
 // full speed.
@@ -60,7 +60,8 @@ __device__ __forceinline__ float dot(const Pack<float>& a, const Pack<float>& b,
 }
 
 template <int D>
-__global__ void __launch_bounds__(THREADS, 1) flash_attention_jvp_float32(const __grid_constant__ AttentionProblem problem) {
+__global__ void __launch_bounds__(THREADS, 1)
+    flash_attention_jvp_float32(const __grid_constant__ AttentionProblem problem) {
   using Memory = Shared<D>;
   constexpr int KEYS = Memory::KEYS, KEYS_EACH = KEYS / SIDE, BANDS = D / BAND;
   SPARSECOD_DYNAMIC_SHARED(bytes);

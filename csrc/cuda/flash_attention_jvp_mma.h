@@ -1,8 +1,8 @@
 // Attention and its tangent on tensor cores, for 16-bit elements: FlashAttention-2 with dual numbers.
 //
 // A warp owns 16 queries. For each tile of keys it multiplies Q K^T, Q' K^T and Q K'^T into scores and their tangents,
-// turns them into weights where they are (common/softmax.h), and multiplies those by V and V'. While it does so the next
-// tile is on its way into the other half of shared memory.
+// turns them into weights where they are (common/softmax.h), and multiplies those by V and V'. While it does so the
+// next tile is on its way into the other half of shared memory.
 //
 // Above a head size of 128, accumulators of all output columns would not fit into registers: blocks take half of the
 // columns each, and both compute the scores.
@@ -75,7 +75,7 @@ struct SharedRows {
 
 template <typename T, int D>
 struct Shared {
-  static constexpr int COLUMNS = D <= 128 ? D : D / 2;                // of the output, for one block
+  static constexpr int COLUMNS = D <= 128 ? D : D / 2;            // of the output, for one block
   static constexpr int KEYS = D <= 64 ? 64 : D <= 128 ? 32 : 16;  // as many as registers and two blocks' memory allow
 
   struct Stage {
@@ -103,7 +103,8 @@ __device__ __forceinline__ float quad_max(float x) {
 }
 
 template <typename T, int D>
-__global__ void __launch_bounds__(THREADS, 2) flash_attention_jvp_mma(const __grid_constant__ AttentionProblem problem) {
+__global__ void __launch_bounds__(THREADS, 2)
+    flash_attention_jvp_mma(const __grid_constant__ AttentionProblem problem) {
   using Memory = Shared<T, D>;
   constexpr int KEYS = Memory::KEYS, COLUMNS = Memory::COLUMNS;
   SPARSECOD_DYNAMIC_SHARED(bytes);

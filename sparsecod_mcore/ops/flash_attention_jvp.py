@@ -1,7 +1,7 @@
 """Softmax attention and its tangent, without the T x S matrix of scores in memory.
 
-The kernels are csrc/cpu/flash_attention_jvp.cpp and csrc/cuda/flash_attention_jvp*, the maths of all csrc/common/softmax.h.
-They extend FlashAttention-2 (Dao, 2023, arXiv:2307.08691) to dual numbers.
+The kernels are csrc/cpu/flash_attention_jvp.cpp and csrc/cuda/flash_attention_jvp*, the maths of all
+csrc/common/softmax.h. They extend FlashAttention-2 (Dao, 2023, arXiv:2307.08691) to dual numbers.
 
 Axes: B batch, H query heads, T queries, S keys, D head dimension.
 """
@@ -31,14 +31,15 @@ def flash_attention_jvp(
         o' = sum_j p_j (s'_j v_j + v'_j) - (sum_j p_j s'_j) o.
 
     Sums are float32 (float64 for float64); results are rounded once. CUDA kernels for bfloat16 and float16 round p
-    and p (s' - c), c a constant of the query, to the inputs' dtype before they multiply v. Not differentiable: backward
-    through a result raises.
+    and p (s' - c), c the mean of s' over the keys so far, to the inputs' dtype before they multiply v.
+    Not differentiable: backward through a result raises.
 
     Args:
         q: [B, H, T, D], float32, bfloat16, float16, or on CPU float64. Strides are free, so Megatron's [T, B, H, D] can
             be passed as a permuted view; where the last dimension is not contiguous, or rows do not start at
             multiples of 16 bytes on CUDA, a copy is made. D is any on CPU, and on CUDA a multiple of 8 from 32 to 256.
-        k: [B, H_kv, S, D], of q's dtype and device. H is a multiple of H_kv: query head h uses key head h // (H / H_kv).
+        k: [B, H_kv, S, D], of q's dtype and device. H is a multiple of H_kv: query head h uses key head
+            h // (H / H_kv).
         v: k's shape, q's dtype and device.
         q_tangent: tangent of q, of its shape, dtype and device.
         k_tangent: tangent of k, likewise.
@@ -47,8 +48,8 @@ def flash_attention_jvp(
         causal: whether query i sees keys j <= i + (S - T) only, so that the last query sees all; needs S >= T.
 
     Returns:
-        o and its tangent, like q, its first three dimensions in the order in which q has them in memory; and the natural
-        logarithm of sum_j exp(s_j), [B, H, T], contiguous, float32 (float64 for float64).
+        o and its tangent, like q, their first three dimensions in the order in which q has them in memory; and the
+        natural logarithm of sum_j exp(s_j), [B, H, T], contiguous, float32 (float64 for float64).
 
     Raises:
         ValueError: names the argument that does not fit, what was given and what is accepted.

@@ -1,15 +1,17 @@
 """Attention's tangent against torch.func.jvp in float64: on CPU, and its CUDA kernels in the emulator.
 
 The accuracy rule compares with plain PyTorch in the inputs' own dtype: softmax(scale q k^T) v differentiated by
-torch.func.jvp, every intermediate rounded to that dtype. `flash_attention_jvp_reference` computes in float32 inside and is
-as accurate as 16-bit results can be; the CPU kernel is held to twice its error as well, which the CUDA kernels, whose
-weights are rounded for the tensor cores, cannot be.
+torch.func.jvp, every intermediate rounded to that dtype. `flash_attention_jvp_reference` computes in float32 inside and
+is as accurate as 16-bit results can be; the CPU kernel is held to twice its error as well, which the CUDA kernels,
+whose weights are rounded for the tensor cores, cannot be.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -70,12 +72,19 @@ def errors(found: Results, expected: Results) -> Tensor:
     return torch.stack([(x.double() - y).norm() / y.norm() for x, y in pairs])
 
 
-def assert_accurate(found: Results, tensors: list[Tensor], causal: bool, *, as_reference: bool = False) -> None:
-    expected = exact(tensors, causal)
-    model = flash_attention_jvp_reference(*tensors, causal=causal) if as_reference else composite(tensors, causal)
-    error, allowed = errors(found, expected), 2 * errors(model, expected) + ROUNDING
+def assert_accurate(
+    found: Results, tensors: list[Tensor], causal: bool = True, scale: float | None = None, model: Results | None = None
+) -> None:
+    """Apply the accuracy rule; `model` is what plain PyTorch gives."""
+    expected = exact(tensors, causal, scale)
+    model = composite(tensors, causal, scale) if model is None else model
+    # Where scores overflow float16, plain PyTorch gives NaN; ours must be finite all the same.
+    error, allowed = errors(found, expected), 2 * errors(model, expected).nan_to_num(torch.inf) + ROUNDING
     worse = [f"{RESULTS[i]}: {error[i]:.1e} > {allowed[i]:.1e}" for i in range(3) if not error[i] <= allowed[i]]
     assert not worse, worse
+
+
+emulator = cache(Emulator)
 
 
 def emulate(
@@ -91,14 +100,14 @@ def emulate(
     sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3])
     scale = q.shape[3] ** -0.5 if scale is None else scale
     arguments = [*stored, *results, q.dtype, *sizes, strides, scale, causal]
-    output, output_tangent, log_sum_exp = Emulator().launch("sparsecod_flash_attention_jvp", arguments, results)
+    output, output_tangent, log_sum_exp = emulator().launch("sparsecod_flash_attention_jvp", arguments, results)
     return output.permute(inverse), output_tangent.permute(inverse), log_sum_exp
 
 
 def huge_scores(tensors: list[Tensor]) -> list[Tensor]:
-    """Logits of some thousands, of either sign."""
+    """Logits of some thousands, of either sign, that differ little: where every query feels their rounding."""
     q, k, *rest = tensors
-    return [q * 64, k * 16, *rest]
+    return [q * 64, k[:, :, :1] * 16 + k / 64, *rest]
 
 
 def keys_with_a_common_part(tensors: list[Tensor]) -> list[Tensor]:
@@ -116,6 +125,7 @@ def outliers(tensors: list[Tensor]) -> list[Tensor]:
 DISTRIBUTIONS = (lambda tensors: tensors, huge_scores, keys_with_a_common_part, outliers)
 NAMES = ("normal", "huge_scores", "keys_with_a_common_part", "outliers")
 
+MIN_ROWS = 400
 CPU_SHAPES = [
     Shape(1, 1, 64, heads=2, kv_heads=2),
     Shape(5, 5, 32, heads=4),
@@ -123,8 +133,8 @@ CPU_SHAPES = [
     Shape(123, 300, 80),
     Shape(96, 96, 136, heads=2),
     Shape(193, 145, 40, causal=False, batch=2),
-    Shape(1025, 1025, 128),
-    Shape(1, 257, 256, heads=2, kv_heads=2),
+    Shape(1025, 1025, 64),
+    Shape(1, 70, 256, heads=2, kv_heads=2),
 ]
 
 
@@ -133,10 +143,14 @@ CPU_SHAPES = [
 @pytest.mark.parametrize("shape", CPU_SHAPES, ids=str)
 def test_cpu_error_is_at_most_twice_that_of_the_composite(shape, dtype, distribution):
     torch.manual_seed(shape.queries)
+    # Few queries may round well or badly by chance: the batch makes them many.
+    rows = shape.batch * shape.heads * shape.queries
+    shape = dataclasses.replace(shape, batch=shape.batch * -(-MIN_ROWS // rows))
     tensors = distribution(shape.draw(dtype))
     found = flash_attention_jvp(*tensors, causal=shape.causal)
     assert_accurate(found, tensors, shape.causal)
-    assert_accurate(found, tensors, shape.causal, as_reference=True)
+    reference = flash_attention_jvp_reference(*tensors, causal=shape.causal)
+    assert_accurate(found, tensors, shape.causal, model=reference)
 
 
 @pytest.mark.parametrize("shape", CPU_SHAPES[:-2], ids=str)
@@ -194,19 +208,14 @@ def test_cuda_scales_of_either_sign_and_none(dtype):
     torch.manual_seed(3)
     tensors = Shape(17, 17, 32).draw(dtype)
     for scale in (-0.3, 0.0, 1.0):
-        expected = exact(tensors, scale=scale)
-        assert (
-            errors(emulate(tensors, scale=scale), expected)
-            <= 2 * errors(composite(tensors, scale=scale), expected) + ROUNDING
-        ).all()
+        assert_accurate(emulate(tensors, scale=scale), tensors, scale=scale)
 
 
 def test_cuda_work_is_the_same_in_sections_that_fit_the_cache():
     """So many keys that each head is a section of its own."""
     torch.manual_seed(4)
-    shape = Shape(3, 17_000, 32, heads=4, kv_heads=2)
-    tensors = [x.clamp(-3, 3) for x in shape.draw(torch.float32)]
-    assert_accurate(emulate(tensors), tensors, causal=True)
+    tensors = Shape(3, 16_500, 32, heads=2, kv_heads=2).draw(torch.float32)
+    assert_accurate(emulate(tensors), tensors)
 
 
 @pytest.mark.parametrize("head_dim", [24, 36, 264])
@@ -215,12 +224,12 @@ def test_cuda_launcher_refuses_head_sizes_it_has_no_kernel_for(head_dim):
         emulate(Shape(2, 2, head_dim).draw(torch.bfloat16))
 
 
-def test_negative_and_given_scale_on_cpu():
+def test_cpu_scales_of_either_sign_and_none():
     torch.manual_seed(5)
     tensors = Shape(50, 60, 24).draw(torch.float32)
     for scale in (-0.3, 0.0, 2.0):
         for operator in (flash_attention_jvp, flash_attention_jvp_reference):
-            assert errors(operator(*tensors, scale), exact(tensors, scale=scale)).max() < 1e-6
+            assert_accurate(operator(*tensors, scale), tensors, scale=scale)
 
 
 def test_weights_far_below_the_largest_vanish_rather_than_wrap():
