@@ -19,7 +19,7 @@ def run_setup(**variables: str) -> subprocess.CompletedProcess[str]:
 
 def the_only_line(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 1
-    lines = [line for line in done.stderr.strip().splitlines() if not re.match(r"W\d+ .* torch/", line)]
+    lines = [line for line in done.stderr.strip().splitlines() if not re.match(r"W\d+ .*torch/", line)]
     assert len(lines) == 1, done.stderr
     return lines[0]
 

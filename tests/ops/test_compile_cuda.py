@@ -8,6 +8,7 @@ import pytest
 from tests.ops import ptxas
 
 KERNELS = sorted((ptxas.CSRC / "cuda").glob("*.cu"))
+WITHOUT_KERNELS = {"flash_attention_jvp"}  # chooses among the launchers of other files
 SPILLING = Path(__file__).parent / "kernels" / "spilling.cu"
 
 needs_nvcc = pytest.mark.skipif(ptxas.find_nvcc() is None, reason="nvcc is neither under CUDA_HOME nor on PATH")
@@ -17,7 +18,7 @@ def unjustified(source: Path) -> list[str]:
     """Functions of a file that use local memory without a comment that says why."""
     excused = ptxas.justified(source.read_text())
     functions = ptxas.functions(ptxas.report(source))
-    assert functions, f"ptxas names no kernel in {source.name}"
+    assert functions or source.stem in WITHOUT_KERNELS, f"ptxas names no kernel in {source.name}"
     return [str(f) for f in functions if f.in_memory() and f.base_name not in excused]
 
 
