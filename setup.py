@@ -81,6 +81,8 @@ def extension() -> Extension:
         )
     cpp_extension.CUDA_HOME = cuda_home()
     architectures = os.environ.get("SPARSECOD_CUDA_ARCH", "90a").split(";")
+    if not all(re.fullmatch(r"\d+a?", number) for number in architectures):
+        raise SystemExit(f"error: SPARSECOD_CUDA_ARCH is {';'.join(architectures)!r}, but must be like 90a or 80;90a")
     generate = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
     return cpp_extension.CUDAExtension(
         "sparsecod_mcore._C",

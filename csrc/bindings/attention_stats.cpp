@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "../cpu/operators.h"
@@ -21,8 +22,8 @@ namespace {
 
 using Result = std::tuple<at::Tensor, at::Tensor>;
 
-void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& lse, at::ArrayRef<double> thresholds,
-           bool causal) {
+void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& lse, double scale,
+           at::ArrayRef<double> thresholds, bool causal) {
   check_floating("q", q);
   TORCH_CHECK_VALUE(q.dim() == 4 && q.sym_size(3) > 0, "q has shape ", q.sym_sizes(),
                     ", but must have shape [B, H, T, D]");
@@ -38,6 +39,7 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& lse, at::
   check_dtype("lse", lse, q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   TORCH_CHECK_VALUE(lse.device() == q.device(), "lse is on ", lse.device(), ", but must be on q's device ",
                     q.device());
+  TORCH_CHECK_VALUE(std::isfinite(scale), "scale is ", scale, ", but must be finite");
   check_thresholds(thresholds, 0);
 }
 
@@ -51,7 +53,7 @@ Result zeros(const at::Tensor& q, at::ArrayRef<double> thresholds) {
 
 Result on_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& lse, double scale,
               at::ArrayRef<double> thresholds, bool causal) {
-  check(q, k, lse, thresholds, causal);
+  check(q, k, lse, scale, thresholds, causal);
   const Result result = zeros(q, thresholds);
   if (!is_empty(q, k)) {
     const auto rows = [](const at::Tensor& x) { return x.stride(3) == 1 ? x : x.contiguous(); };
@@ -74,7 +76,7 @@ at::Tensor in_rows(const at::Tensor& x) {
 
 Result on_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& lse, double scale,
                at::ArrayRef<double> thresholds, bool causal) {
-  check(q, k, lse, thresholds, causal);
+  check(q, k, lse, scale, thresholds, causal);
   TORCH_CHECK_VALUE(q.scalar_type() == at::kFloat || cuda::supported_head_dim(q.size(3)), "q has head dimension ",
                     q.size(3), ", but in ", name(q.scalar_type()),
                     " on CUDA it must be a multiple of 8 from 32 to 256");
@@ -98,9 +100,9 @@ Result on_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& lse, 
 }
 #endif
 
-Result on_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& lse, double /*scale*/,
+Result on_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& lse, double scale,
                at::ArrayRef<double> thresholds, bool causal) {
-  check(q, k, lse, thresholds, causal);
+  check(q, k, lse, scale, thresholds, causal);
   const c10::SymInt batch = q.sym_size(0), heads = q.sym_size(1), num_thresholds = thresholds.size();
   return {at::empty_symint({batch, heads}, q.options().dtype(at::kDouble)),
           at::empty_symint({batch, heads, num_thresholds}, q.options().dtype(at::kLong))};

@@ -103,8 +103,8 @@ at::Tensor aligned(const at::Tensor& tensor) {
 
 Result on_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& q_tangent,
                const at::Tensor& k_tangent, const at::Tensor& v_tangent, std::optional<double> scale, bool causal) {
-  const c10::cuda::CUDAGuard device(q.device());
   const Result result = prepare(q, k, v, q_tangent, k_tangent, v_tangent, scale, causal);
+  const c10::cuda::CUDAGuard device(q.device());
   const int64_t head_dim = q.size(3);
   TORCH_CHECK_VALUE(head_dim % 8 == 0 && head_dim >= 32 && head_dim <= 256, "q has head dimension ", head_dim,
                     ", but must have a multiple of 8 from 32 to 256 on ", q.device());

@@ -46,8 +46,8 @@ Result on_cpu(const at::Tensor& x, const at::Tensor& x_tangent, const at::Tensor
 
 #if defined(SPARSECOD_CUDA)
 Result on_cuda(const at::Tensor& x, const at::Tensor& x_tangent, const at::Tensor& weight, double eps) {
-  const c10::cuda::CUDAGuard device(x.device());
   const auto [y, y_tangent] = prepare(x, x_tangent, weight, eps);
+  const c10::cuda::CUDAGuard device(y.device());
   if (y.numel() > 0) {
     const at::Tensor rows = x.contiguous(), tangent_rows = x_tangent.contiguous(), weight_row = weight.contiguous();
     const int64_t width = weight.numel();

@@ -41,8 +41,8 @@ Result on_cpu(const at::Tensor& gate_up, const at::Tensor& gate_up_tangent) {
 
 #if defined(SPARSECOD_CUDA)
 Result on_cuda(const at::Tensor& gate_up, const at::Tensor& gate_up_tangent) {
-  const c10::cuda::CUDAGuard device(gate_up.device());
   const auto [output, output_tangent] = prepare(gate_up, gate_up_tangent);
+  const c10::cuda::CUDAGuard device(output.device());
   if (output.numel() > 0) {
     const at::Tensor input = gate_up.contiguous(), input_tangent = gate_up_tangent.contiguous();
     const int64_t width = output.size(-1);

@@ -48,11 +48,17 @@ SPARSECOD_HOST_DEVICE V smaller(V a, V b) {
 
 template <typename V>
 SPARSECOD_HOST_DEVICE V larger(V a, V b) {
+#if defined(__CUDA_ARCH__)  // one instruction; b too if a is NaN
+  if constexpr (std::is_same_v<V, float>) return fmaxf(a, b);
+#endif
   return a > b ? a : b;
 }
 
 template <typename V>
 SPARSECOD_HOST_DEVICE V magnitude(V x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<V, float>) return fabsf(x);
+#endif
   if constexpr (std::is_floating_point_v<V>) {
     return x < 0 ? -x : x;
   } else {  // clears the sign bits, in one instruction

@@ -35,6 +35,7 @@ void count_below(at::TensorList tensors, at::ArrayRef<double> thresholds, const 
 void attention_stats(const at::Tensor& q, const at::Tensor& k, const at::Tensor& lse, double scale,
                      at::ArrayRef<double> thresholds, bool causal, const at::Tensor& entropy,
                      const at::Tensor& counts);
+
 // q [B, H, T, D], k and v [B, H_kv, S, D] and their tangents -> output and output_tangent like q, and log_sum_exp
 // [B, H, T], contiguous, float64 for float64 and float32 else. None is empty; the last dimension is contiguous, but for
 // that strides are arbitrary.

@@ -24,6 +24,12 @@ struct WarpGroup {
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = warp_sum(x[i]);
   }
+
+  // The first thread gets the N sums.
+  template <int N>
+  __device__ __forceinline__ static void sum_for_first(float (&x)[N], float* scratch) {
+    sum(x, scratch);
+  }
 };
 
 struct BlockGroup {
@@ -37,13 +43,31 @@ struct BlockGroup {
   // Every thread gets the N sums. `scratch` takes N values a warp; another barrier must lie between two uses of it.
   template <int N>
   __device__ __forceinline__ static void sum(float (&x)[N], float* scratch) {
-    const int warps = blockDim.x / WARP;
+    gather(x, scratch);
+    add_warps(x, scratch);
+  }
+
+  // The first thread gets the N sums.
+  template <int N>
+  __device__ __forceinline__ static void sum_for_first(float (&x)[N], float* scratch) {
+    gather(x, scratch);
+    if (threadIdx.x == 0) add_warps(x, scratch);
+  }
+
+ private:
+  template <int N>
+  __device__ __forceinline__ static void gather(float (&x)[N], float* scratch) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       x[i] = warp_sum(x[i]);
       if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP * N + i] = x[i];
     }
     __syncthreads();
+  }
+
+  template <int N>
+  __device__ __forceinline__ static void add_warps(float (&x)[N], const float* scratch) {
+    const int warps = blockDim.x / WARP;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       x[i] = scratch[i];

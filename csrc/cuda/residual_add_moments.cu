@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(Group::MAX_THREADS)
     });
     float sum[2 * NUM_OPERANDS + 1] = {powers.second[0], powers.second[1], powers.second[2], powers.fourth[0],
                                        powers.fourth[1], powers.fourth[2], powers.product};
-    Group::sum(sum, shared.powers);
+    Group::sum_for_first(sum, shared.powers);
     if (rank == 0) {
       records.rows[row] = {{mean[0], mean[1], mean[2]}, {sum[0], sum[1], sum[2]}, {sum[3], sum[4], sum[5]}, sum[6]};
     }

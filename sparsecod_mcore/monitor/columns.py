@@ -1,7 +1,6 @@
 """Moments of each dimension of the residual stream over tokens, from which comes its kurtosis (Eq. 19, 20).
 
-Axes: I iterations since the last reduction, L layers of the whole model, A residual adds of a layer, C sums of a
-column, D hidden dimensions.
+Axes: L layers of the whole model, A residual adds of a layer, C sums of a column, D hidden dimensions.
 """
 
 from collections.abc import Callable
@@ -14,34 +13,35 @@ from sparsecod_mcore.ops import NUM_COLUMN_SUMS, ColumnSum
 
 
 class ColumnsBuffer:
-    """Sums [I, L, A, C, D] in float64, of one shape on every rank of every pipeline stage."""
+    """Sums [L, A, C, D] of one iteration, in float64, of one shape on every rank of every pipeline stage."""
 
-    def __init__(self, capacity: int, num_layers: int, hidden_size: int, device: torch.types.Device) -> None:
-        shape = (capacity, num_layers, ADDS_PER_LAYER, NUM_COLUMN_SUMS, hidden_size)
-        self.sums_ILACD = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.iterations: list[int] = []
+    def __init__(self, num_layers: int, hidden_size: int, device: torch.types.Device) -> None:
+        shape = (num_layers, ADDS_PER_LAYER, NUM_COLUMN_SUMS, hidden_size)
+        self.sums_LACD = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.iteration: int | None = None
         self._shifted: set[tuple[int, int]] = set()
 
     def begin(self, iteration: int) -> None:
-        """Open a slot for `iteration`."""
-        self.iterations.append(iteration)
-        self._shifted.clear()
+        """Take the sums of `iteration` from now on."""
+        assert self.iteration is None, "reduce the buffer before it is used again"
+        self.iteration = iteration
 
     def sums(self, layer: int, add: int, mean: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The newest slot's sums [C, D] of one residual add; the first time about `mean()` [D], of any tokens.
+        """The sums [C, D] of one residual add; the first time about `mean()` [D], of any tokens.
 
         The mean of the first microbatch is close enough to the mean of all for no digit to be lost.
         """
-        sums_CD = self.sums_ILACD[len(self.iterations) - 1, layer, add]
+        sums_CD = self.sums_LACD[layer, add]
         if (layer, add) not in self._shifted:
             self._shifted.add((layer, add))
             sums_CD[ColumnSum.SHIFT] = mean().float()
         return sums_CD
 
     def clear(self) -> None:
-        """Forget every slot."""
-        self.sums_ILACD.zero_()
-        self.iterations.clear()
+        """Forget the iteration."""
+        self.sums_LACD.zero_()
+        self.iteration = None
+        self._shifted.clear()
 
 
 class DimensionMoments:

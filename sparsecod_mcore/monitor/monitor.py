@@ -47,24 +47,25 @@ class Monitor:
         measured_per_log = 1 if not stats_interval else -(-log_interval // stats_interval)
         self._columns: ColumnsBuffer | None = None
         if self.kurtosis_interval:
-            together = math.lcm(stats_interval, self.kurtosis_interval)
-            self._columns = ColumnsBuffer(-(-log_interval // together), num_layers, hidden_size, device)
+            self._columns = ColumnsBuffer(num_layers, hidden_size, device)
         self._buffer = MomentsBuffer(measured_per_log, num_layers, device, self._columns)
 
     def bind(self, model_chunks: Sequence[MegatronModule]) -> None:
         """Let the residual adds of these model chunks measure into this monitor."""
         bind_residual_adds(model_chunks, self._buffer)
 
-    @property
-    def full(self) -> bool:
-        """Whether `collect` must be called before another step can be measured."""
-        return self._buffer.full
+    def must_collect_before(self, iteration: int) -> bool:
+        """Whether `collect` must be called before `iteration` can be measured."""
+        columns_taken = self._columns is not None and self._columns.iteration is not None
+        return self._buffer.full or (columns_taken and self._measures_columns(iteration))
+
+    def _measures_columns(self, iteration: int) -> bool:
+        return self._columns is not None and iteration % math.lcm(self.stats_interval, self.kurtosis_interval) == 0
 
     def begin_step(self, iteration: int) -> None:
         """Called before the forward passes of `iteration` (counted from 1)."""
         if self.stats_interval and iteration % self.stats_interval == 0:
-            with_columns = self.kurtosis_interval > 0 and iteration % self.kurtosis_interval == 0
-            self._buffer.begin(iteration, with_columns=with_columns)
+            self._buffer.begin(iteration, with_columns=self._measures_columns(iteration))
 
     def end_step(self, iteration: int, tokens: int) -> None:
         """Called after the last backward pass of `iteration`, by which `tokens` have been trained on in all."""
@@ -97,15 +98,12 @@ class Monitor:
         return collected
 
     def _collect_dimensions(self) -> dict[int, DimensionMoments]:
-        if self._columns is None:
+        if self._columns is None or self._columns.iteration is None:
             return {}
-        slots = [self._buffer.iterations.index(iteration) for iteration in self._columns.iterations]
-        tokens_ILA = self._buffer.moments_ILAM[slots, ..., Moment.TOKENS]
+        slot = self._buffer.iterations.index(self._columns.iteration)
+        tokens_LA = self._buffer.moments_ILAM[slot, ..., Moment.TOKENS]
         return {
-            iteration: reduce_columns(sums_LACD, tokens_LA, replicated=self._replicated)
-            for iteration, sums_LACD, tokens_LA in zip(
-                self._columns.iterations, self._columns.sums_ILACD, tokens_ILA, strict=False
-            )
+            self._columns.iteration: reduce_columns(self._columns.sums_LACD, tokens_LA, replicated=self._replicated)
         }
 
     def flush(self) -> None:

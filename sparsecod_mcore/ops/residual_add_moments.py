@@ -58,7 +58,8 @@ class ColumnSum(IntEnum):
 
     SHIFT is set by the caller, to values that float32 can hold, near the column's mean: the sums are those of powers of
     y - SHIFT, and a mean that is large against the spread would cost their digits. Sums of one shift combine by
-    addition; from them and the number of tokens come the moments of each dimension (Eq. 19).
+    addition; from them and the number of tokens come the moments of each dimension (Eq. 19). CUDA kernels take powers
+    in float32: a distance to SHIFT of 4e9 and more makes FOURTH infinite there.
     """
 
     SHIFT = 0

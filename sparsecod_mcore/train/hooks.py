@@ -97,14 +97,16 @@ class TrainingHooks:
         if (wandb := get_wandb_writer()) is not None:
             sinks.append(WandbSink(wandb, self.args.log_interval))
         self.monitor.sinks = sinks
-        self.monitor.dimension_sink = DimensionSink(self.run.dimensions, iteration)
+        if self.monitor.kurtosis_interval:
+            self.monitor.dimension_sink = DimensionSink(self.run.dimensions, iteration)
 
     def train_step(self, original: Callable[..., Any], *args: Any, iteration: int, **kwargs: Any) -> Any:
         """Measure the step. Megatron counts the iterations that are done; this one is the next."""
         if self.throughput is None:
             self.open(iteration)
         assert self.throughput is not None
-        if self.monitor.full:  # iterations that Megatron was told to skip are not logged
+        # Iterations that Megatron was told to skip are not logged; single dimensions have room for one step.
+        if self.monitor.must_collect_before(iteration + 1):
             self.collect(iteration)
         batch_size = get_current_global_batch_size()
         self.monitor.begin_step(iteration + 1)

@@ -29,7 +29,7 @@ def stream() -> torch.Tensor:
 
 def measured(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Column sums [L, A, C, D] and tokens [L, A] after residual adds of these microbatches [T, D] in layer 1."""
-    columns = ColumnsBuffer(1, NUM_LAYERS, D, "cpu")
+    columns = ColumnsBuffer(NUM_LAYERS, D, "cpu")
     buffer = MomentsBuffer(1, NUM_LAYERS, "cpu", columns)
     buffer.begin(1, with_columns=True)
     add = MeasuredResidualAdd()
@@ -37,7 +37,7 @@ def measured(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     for x_TD in parts:
         branch = (x_TD / 4)[:, None].requires_grad_()
         add(True, False)((branch, None), (x_TD - x_TD / 4)[:, None], 0.0)
-    return columns.sums_ILACD[0], buffer.moments_ILAM[0, ..., Moment.TOKENS]
+    return columns.sums_LACD, buffer.moments_ILAM[0, ..., Moment.TOKENS]
 
 
 def expected_kurtosis(x_TD: torch.Tensor) -> torch.Tensor:

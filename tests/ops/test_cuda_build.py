@@ -17,11 +17,18 @@ CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 COUNTER = itertools.count()  # an operator is for good: each test has its own
 
 
+def check(x: Tensor, *, scale: float = 2) -> Tensor:
+    if x.dim() == 0:
+        raise ValueError("x has shape [], but must have shape [..., D]")
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 @pytest.fixture
 def operator() -> tuple[str, Callable[..., Tensor]]:
     """A new operator of ours without CUDA kernel: its name, and how to call it as if with CUDA tensors."""
     name = f"fallback_test_{next(COUNTER)}"
     torch.library.define(f"sparsecod::{name}", "(Tensor x, *, float scale=2) -> Tensor")
+    torch.library.impl(f"sparsecod::{name}", "Meta")(check)
     overload = getattr(torch.ops.sparsecod, name).default
     return name, lambda *args, **kwargs: overload.redispatch(CUDA, *args, **kwargs)
 
@@ -54,6 +61,17 @@ def test_without_cuda_the_reference_stands_in_if_asked(monkeypatch, operator):
     monkeypatch.setenv("SPARSECOD_FALLBACK", "1")
     assert torch.equal(call(torch.ones(2)), torch.full([2], 2.0))
     assert torch.equal(call(torch.ones(2), scale=3), torch.full([2], 3.0))
+
+
+def test_the_stand_in_checks_its_arguments_and_lays_out_its_results(monkeypatch, operator):
+    name, call = operator
+    monkeypatch.setattr(cuda_build, "_C", SimpleNamespace(HAS_CUDA=False))
+    cuda_build.register_cuda_fallback(name, reference)
+    monkeypatch.setenv("SPARSECOD_FALLBACK", "1")
+    transposed = torch.rand(3, 5).t()
+    assert torch.equal(call(transposed), 2 * transposed) and call(transposed).is_contiguous()
+    with pytest.raises(ValueError, match="x has shape"):
+        call(torch.ones(()))
 
 
 def test_with_cuda_nothing_stands_in(monkeypatch, operator):
