@@ -1,21 +1,20 @@
-"""What is timed of each operator: one entry each, for those that exist.
+"""What is timed of each operator: one entry each.
 
 An entry makes inputs of a shape and lists ways to compute the same: ours, the composite in plain PyTorch, that
 composite through torch.compile, and what else there is to be compared with. Peers that are not installed are left out.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-ops: Any = import_module("sparsecod_mcore.ops")  # may be an older build, which lacks some
+from sparsecod_mcore import ops
 
 Shape = tuple[int, ...]
 Inputs = tuple[Any, ...]
@@ -48,10 +47,6 @@ class Benchmark:
     in_flops: bool = False
     others: Callable[[str], dict[str, Way]] = field(default=lambda device: {})
     adapt: Callable[[Call], Call] = lambda function: function  # from the inputs to the operator's arguments
-
-    @property
-    def exists(self) -> bool:
-        return hasattr(ops, self.operator)
 
     def ways(self, device: str, compiled: bool) -> dict[str, Way]:
         """Return ours first, then the composite, then others."""
@@ -255,7 +250,3 @@ BENCHMARKS = (
         adapt=count,
     ),
 )
-
-
-def existing() -> Iterator[Benchmark]:
-    return (benchmark for benchmark in BENCHMARKS if benchmark.exists)

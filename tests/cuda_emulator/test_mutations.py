@@ -11,10 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsecod_mcore.ops import NUM_COLUMN_SUMS, residual_add_moments_reference, swiglu_jvp_reference
+from sparsecod_mcore.ops import (
+    NUM_COLUMN_SUMS,
+    NUM_PROBE_MOMENTS,
+    attention_stats_reference,
+    probe_moments_reference,
+    residual_add_moments_reference,
+    rms_norm_jvp_reference,
+    swiglu_jvp_reference,
+)
 from tests.cuda_emulator import operators
 from tests.cuda_emulator.build import HERE, REPOSITORY, build
 from tests.cuda_emulator.emulator import Emulator, LaunchError, garbage
+from tests.ops import attention_cases, test_probe_moments, test_rms_norm_jvp
 
 
 def row_sums(emulator: Emulator) -> None:
@@ -53,6 +62,44 @@ def residual_add_moments(emulator: Emulator) -> None:
             torch.testing.assert_close(columns[0], columns[1], rtol=1e-4, atol=1e-2)
 
 
+def rms_norm_jvp(emulator: Emulator) -> None:
+    for rows, width in ((9, 24), (5, 1120), (3, 59)):  # rows for some lanes, for a block, and read twice
+        x, x_tangent = torch.randn(2, rows, width)
+        weight = torch.randn(width)
+        found = test_rms_norm_jvp.emulated(x, x_tangent, weight, 1e-5, by=emulator)
+        for result, expected in zip(found, rms_norm_jvp_reference(x, x_tangent, weight, 1e-5), strict=True):
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
+def probe_moments(emulator: Emulator) -> None:
+    v, u = torch.randn(2, 264), torch.randn(2, 37, 264)
+    found, expected = (
+        (torch.zeros(2, 264, dtype=torch.float64), torch.zeros(2, NUM_PROBE_MOMENTS, dtype=torch.float64))
+        for _ in range(2)
+    )
+    test_probe_moments.emulated(v, u, *found, by=emulator)
+    probe_moments_reference(v, u, *expected)
+    for result, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(result, reference, rtol=1e-5, atol=1e-4)
+
+
+def attention_stats(emulator: Emulator, dtype: torch.dtype) -> None:
+    q, k = torch.randn(1, 2, 70, 32).to(dtype), torch.randn(1, 1, 70, 32).to(dtype)
+    case = attention_cases.attention(q, k, thresholds=(1e-3, 1e-2))
+    entropy, counts = attention_cases.emulated(case, by=emulator)
+    expected_entropy, expected_counts = case.apply(attention_stats_reference)
+    torch.testing.assert_close(entropy, expected_entropy, rtol=1e-4, atol=1e-3)
+    assert torch.equal(counts, expected_counts)
+
+
+def attention_stats_in_float32(emulator: Emulator) -> None:
+    attention_stats(emulator, torch.float32)
+
+
+def attention_stats_on_tensor_cores(emulator: Emulator) -> None:
+    attention_stats(emulator, torch.bfloat16)
+
+
 @dataclass(frozen=True)
 class Mutation:
     """In `file`, `text`, which occurs once, becomes `replacement`; `launch` of `kernel` (default: file) has to fail."""
@@ -75,6 +122,9 @@ SUMS = HERE / "kernels" / "sums.cu"
 CUDA = REPOSITORY / "csrc" / "cuda"
 SWIGLU = CUDA / "swiglu_jvp.cu"
 ADD = CUDA / "residual_add_moments.cu"
+NORM = CUDA / "rms_norm_jvp.cu"
+PROBES = CUDA / "probe_moments.cu"
+STATS = CUDA / "attention_stats.cu"
 BARRIER = "  __syncthreads();\n"
 
 MUTATIONS = [
@@ -103,6 +153,26 @@ MUTATIONS = [
     Mutation(ADD, residual_add_moments, "present = row < rows.count", "present = row <= rows.count"),
     Mutation(
         ADD, residual_add_moments, "column = first; column < rows.width;", "column = first; column <= rows.width;"
+    ),
+    Mutation(NORM, rms_norm_jvp, f"= sums;\n{BARRIER}", "= sums;\n"),
+    Mutation(PROBES, probe_moments, f"{BARRIER}  for (int warp = 1; warp < ROWS", "  for (int warp = 1; warp < ROWS"),
+    Mutation(PROBES, probe_moments, f"{BARRIER}  // From here on", "  // From here on"),
+    Mutation(
+        STATS, attention_stats_in_float32, f"      {BARRIER}        load_rows<QUERIES>", "        load_rows<QUERIES>"
+    ),
+    Mutation(STATS, attention_stats_in_float32, f"      {BARRIER}#pragma unroll 4", "#pragma unroll 4"),
+    Mutation(
+        CUDA / "attention_stats_mma.h",
+        attention_stats_on_tensor_cores,
+        f"    wait_for_copies<0>();\n  {BARRIER}    // Lane 8 i",
+        f"  {BARRIER}    // Lane 8 i",
+        kernel=STATS,
+    ),
+    Mutation(
+        CUDA / "attention_stats_mma.h",
+        attention_stats_on_tensor_cores,
+        "    __syncthreads();  // keys overwrite the queries\n",
+        kernel=STATS,
     ),
 ]
 

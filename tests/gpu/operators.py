@@ -1,7 +1,7 @@
 """The operators as tests of any device see them: one entry each, for those that exist."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,10 +82,6 @@ class Operator:
     @property
     def function(self) -> Callable[..., Any]:
         return getattr(ops, self.name)
-
-    @property
-    def exists(self) -> bool:
-        return hasattr(ops, self.name)
 
     def __call__(self, *arguments: Any) -> list[Tensor]:
         return self.invoke(self.function, *arguments)
@@ -308,7 +304,3 @@ OPERATORS = (
         reference_in_float64("count_below"),
     ),
 )
-
-
-def existing() -> Iterator[Operator]:
-    return (operator for operator in OPERATORS if operator.exists)

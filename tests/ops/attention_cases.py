@@ -85,12 +85,12 @@ def in_memory(x: Tensor) -> Tensor:
     return x.permute(order)
 
 
-def emulated(case: Case) -> tuple[Tensor, Tensor]:
+def emulated(case: Case, by: Emulator | None = None) -> tuple[Tensor, Tensor]:
     """attention_stats of the CUDA kernel; q and k may be permuted."""
     (batch, heads, queries, dim), kv_heads, keys = case.q.shape, case.k.shape[1], case.k.shape[2]
     strides = [(ctypes.c_int64 * 3)(*x.stride()[:3]) for x in (case.q, case.k)]
     shape = Shape(batch, heads, kv_heads, queries, keys, dim, *strides, case.causal)
-    emulator = Emulator()
+    emulator = by or Emulator()
     scratch_bytes = emulator.library.sparsecod_attention_stats_scratch
     scratch_bytes.restype = ctypes.c_int64
     scratch = garbage([scratch_bytes(ctypes.byref(shape))], torch.uint8)
