@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.jit._builtins import _find_builtin, _register_builtin
 
 CPU = torch.device("cpu")
 
@@ -88,6 +89,9 @@ def place_tensors_on_cpu() -> None:
                 kwargs["device"] = CPU
             return factory(*args, **kwargs)
 
+        # TorchScript knows factories by identity; torch.func.jvp scripts its decompositions.
+        if (operator := _find_builtin(factory)) is not None:
+            _register_builtin(make, operator)
         return make
 
     for name in ("tensor", "zeros", "ones", "empty", "full", "rand", "randn", "arange"):

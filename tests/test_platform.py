@@ -24,6 +24,7 @@ NEEDS = {
         for make in (torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn):
             assert make(2, device="cuda").device.type == "cpu"
         assert torch.tensor([1], device="cuda").cuda().device.type == "cpu" and torch.nn.Linear(1, 1).cuda()
+        torch.func.jvp(torch.sin, (torch.ones(2),), (torch.ones(2),))  # scripts functions that call factories
     """,
     "name_types_as_cuda": """
         assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
