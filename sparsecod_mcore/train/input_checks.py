@@ -82,6 +82,11 @@ def check_layout(args: Namespace) -> None:
         )
     if args.num_experts is not None and args.num_experts % expert:
         raise UserError(f"num_experts {args.num_experts} is not divisible by expert_model_parallel_size {expert}")
+    decay_iters = args.lr_decay_iters or args.train_iters
+    if decay_iters is not None and args.lr_warmup_fraction is None and args.lr_warmup_iters >= decay_iters:
+        raise UserError(
+            f"lr_warmup_iters {args.lr_warmup_iters} must be below the {decay_iters} iterations of the schedule"
+        )
     ranks_of_a_model = tensor * pipeline * args.context_parallel_size
     if args.world_size % ranks_of_a_model:
         raise UserError(

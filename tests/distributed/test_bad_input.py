@@ -72,6 +72,11 @@ def test_experts_not_divisible(tmp_path: Path, moe_config: Path, data: Data) -> 
     assert "num_experts 5" in complaint(tmp_path / "run", moe_config, data, *flags, processes=2)
 
 
+def test_warm_up_longer_than_the_run(tmp_path: Path, dense_config: Path, data: Data) -> None:
+    said = complaint(tmp_path / "run", dense_config, data, "--train-iters", 2)
+    assert said == "lr_warmup_iters 2 must be below the 2 iterations of the schedule"
+
+
 def test_what_megatron_refuses(tmp_path: Path, dense_config: Path, data: Data) -> None:
     said = complaint(tmp_path / "run", dense_config, data, "--global-batch-size", 7)
     assert said.startswith("Megatron refuses this configuration: ") and "7" in said
