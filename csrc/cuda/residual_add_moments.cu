@@ -9,97 +9,13 @@
 
 #include "../common/columns.h"
 #include "../common/moments.h"
-#include "element.h"
 #include "group.h"
+#include "residual_add_columns.h"
+#include "residual_add_records.h"
+#include "residual_add_rows.h"
 
 namespace sparsecod::cuda {
 namespace {
-
-template <typename T>
-struct Rows {
-  const T* branch;
-  const T* residual;
-  const T* bias;  // null for none
-  T* output;
-  int64_t count, width;
-};
-
-// One thread's part of a row, in registers; PACKS of 16 bytes of either operand.
-template <typename T, int PACKS>
-struct RowInRegisters {
-  static constexpr int COLUMNS = PACKS * Pack<T>::COUNT;
-  Pack<T> branch[PACKS], residual[PACKS];
-  const Rows<T>& rows;
-  const int64_t at;
-  const int first, stride, packs;
-
-  __device__ __forceinline__ RowInRegisters(const Rows<T>& rows, int64_t row, int rank, int size)
-      : rows(rows), at(row * rows.width), first(rank), stride(size), packs(rows.width / Pack<T>::COUNT) {
-#pragma unroll
-    for (int i = 0; i < PACKS; ++i) {
-      if (first + i * stride >= packs) continue;
-      branch[i] = Pack<T>::load(rows.branch + at + column(i));
-      residual[i] = Pack<T>::load(rows.residual + at + column(i));
-    }
-  }
-
-  __device__ __forceinline__ int column(int pack) const { return (first + pack * stride) * Pack<T>::COUNT; }
-
-  // Calls visit(index, branch, residual, output) for each column of this thread, and writes the output if asked to.
-  template <bool WRITE, typename Visit>
-  __device__ __forceinline__ void for_each(Visit visit) const {
-#pragma unroll
-    for (int i = 0; i < PACKS; ++i) {
-      if (first + i * stride >= packs) continue;
-      Pack<T> output, bias;
-      if (rows.bias != nullptr) bias = Pack<T>::load(rows.bias + column(i));
-#pragma unroll
-      for (int j = 0; j < Pack<T>::COUNT; ++j) {
-        float f = to_real(branch[i].elements[j]);
-        if (rows.bias != nullptr) f += to_real(bias.elements[j]);
-        const float h = to_real(residual[i].elements[j]), y = f + h;
-        visit(i * Pack<T>::COUNT + j, f, h, y);
-        if constexpr (WRITE) output.elements[j] = from_real<T>(y);
-      }
-      if constexpr (WRITE) output.store(rows.output + at + column(i));
-    }
-  }
-};
-
-// One thread's part of a row of any width and alignment: read anew for each sweep.
-template <typename T>
-struct RowInMemory {
-  static constexpr int COLUMNS = 0;
-  const Rows<T>& rows;
-  const int64_t at;
-  const int first, stride;
-
-  __device__ __forceinline__ RowInMemory(const Rows<T>& rows, int64_t row, int rank, int size)
-      : rows(rows), at(row * rows.width), first(rank), stride(size) {}
-
-  template <bool WRITE, typename Visit>
-  __device__ __forceinline__ void for_each(Visit visit) const {
-    for (int64_t column = first; column < rows.width; column += stride) {
-      float f = to_real(rows.branch[at + column]);
-      if (rows.bias != nullptr) f += to_real(rows.bias[column]);
-      const float h = to_real(rows.residual[at + column]), y = f + h;
-      visit(0, f, h, y);
-      if constexpr (WRITE) rows.output[at + column] = from_real<T>(y);
-    }
-  }
-};
-
-// What is left of a row: RowPowers in float32.
-struct alignas(16) RowRecord {
-  float mean[NUM_OPERANDS], second[NUM_OPERANDS], fourth[NUM_OPERANDS], product;
-};
-
-// What the first kernel leaves for the second.
-struct Records {
-  RowRecord* rows;
-  float* largest;    // [blocks, NUM_OPERANDS]
-  unsigned* ticket;  // 0
-};
 
 struct Shared {
   float sums[MAX_WARPS * NUM_OPERANDS], powers[MAX_WARPS * (2 * NUM_OPERANDS + 1)];
@@ -181,199 +97,6 @@ __global__ void __launch_bounds__(Group::MAX_THREADS)
   }
 }
 
-constexpr int RECORD_THREADS = 128, RECORD_WARPS = RECORD_THREADS / WARP;
-constexpr int64_t MAX_RECORD_BLOCKS = 128;
-
-struct SharedTotals {
-  double totals[RECORD_WARPS][NUM_MOMENTS];
-  bool is_last;
-};
-
-// Adds to `totals` a row that float32 does not suffice for. By one warp.
-template <typename T>
-__device__ __forceinline__ void add_row_checked(double* totals, const Rows<T>& rows, int64_t index,
-                                                double inverse_width) {
-  const int lane = threadIdx.x % WARP;
-  const RowInMemory<T> row(rows, index, lane, WARP);
-  CheckedRowSums sums;
-  row.template for_each<false>([&](int, float f, float h, float y) { sums.add(f, h, y); });
-  double mean[NUM_OPERANDS];
-#pragma unroll
-  for (int i = 0; i < NUM_OPERANDS; ++i) {
-    sums.sum[i] = warp_sum(sums.sum[i]);
-    sums.nonfinite[i] = warp_sum(sums.nonfinite[i]);
-    sums.highest[i] = warp_max(sums.highest[i]);
-    sums.lowest[i] = -warp_max(-sums.lowest[i]);
-    mean[i] = sums.mean(i, inverse_width);
-  }
-  RowPowers<double> powers(mean);
-  row.template for_each<false>([&](int, float f, float h, float y) { powers.add(f, h, y); });
-#pragma unroll
-  for (int i = 0; i < NUM_OPERANDS; ++i) {
-    powers.second[i] = warp_sum(powers.second[i]);
-    powers.fourth[i] = warp_sum(powers.fourth[i]);
-  }
-  powers.product = warp_sum(powers.product);
-  if (lane == 0) {
-    add_row(totals, powers, inverse_width);
-    add_checked(totals, sums);
-  }
-  __syncwarp();
-}
-
-// Adds one row for each lane to `totals`, if the lane has one.
-template <typename T>
-__device__ __forceinline__ void add_rows(double* totals, const Rows<T>& rows, const RowRecord* records, int64_t row,
-                                         double inverse_width) {
-  const int lane = threadIdx.x % WARP;
-  const bool present = row < rows.count;
-  const RowRecord record = present ? records[row] : RowRecord{};
-  const double mean[NUM_OPERANDS] = {record.mean[0], record.mean[1], record.mean[2]};
-  RowPowers<double> powers(mean);
-#pragma unroll
-  for (int i = 0; i < NUM_OPERANDS; ++i) {
-    powers.second[i] = record.second[i];
-    powers.fourth[i] = record.fourth[i];
-  }
-  const bool suffices = present && float32_suffices(powers, inverse_width);
-#pragma unroll
-  for (int i = 0; i < NUM_OPERANDS; ++i) {
-    OperandSums sums = {0, 0, 0, 0};
-    if (suffices) sums = operand_sums(powers.mean[i], powers.second[i], powers.fourth[i], inverse_width);
-    sums = {warp_sum(sums.variance), warp_sum(sums.squared_mean), warp_sum(sums.fourth_moment),
-            warp_sum(sums.kurtosis)};
-    if (lane == 0) {
-      double* operand = totals + i * MOMENTS_PER_OPERAND;
-      operand[BRANCH_VARIANCE] += sums.variance;
-      operand[BRANCH_SQUARED_MEAN] += sums.squared_mean;
-      operand[BRANCH_FOURTH_MOMENT] += sums.fourth_moment;
-      operand[BRANCH_KURTOSIS] += sums.kurtosis;
-    }
-  }
-  const double covariance = warp_sum(suffices ? record.product * inverse_width : 0.0);
-  const int added = __popc(__ballot_sync(WHOLE_WARP, suffices));
-  if (lane == 0) {
-    totals[COVARIANCE] += covariance;
-    totals[TOKENS] += added;
-  }
-  __syncwarp();
-  for (unsigned rest = __ballot_sync(WHOLE_WARP, present && !suffices); rest != 0; rest &= rest - 1) {
-    add_row_checked(totals, rows, row - lane + __ffs(rest) - 1, inverse_width);
-  }
-}
-
-// Adds the moments of all rows to `moments`. `largest_blocks` blocks have left their largest magnitudes. The last block
-// to end adds up what all found, in the order of blocks.
-template <typename T>
-__global__ void __launch_bounds__(RECORD_THREADS)
-    add_records(const Rows<T> rows, const Records records, int64_t largest_blocks, double* partials,
-                double* moments) {
-  SPARSECOD_SHARED(SharedTotals, shared);
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  double* totals = shared.totals[warp];
-  if (lane < NUM_MOMENTS) totals[lane] = 0;
-  __syncwarp();
-  const double inverse_width = 1.0 / rows.width;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * RECORD_THREADS;
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * RECORD_THREADS + warp * WARP; first < rows.count;
-       first += stride) {
-    add_rows(totals, rows, records.rows, first + lane, inverse_width);
-  }
-  __syncthreads();
-  if (threadIdx.x < NUM_MOMENTS) {
-    const int m = threadIdx.x;
-    double total = 0;
-    for (int i = 0; i < RECORD_WARPS; ++i) {
-      const double part = shared.totals[i][m];
-      total = is_max(m) ? larger(part, total) : total + part;
-    }
-    partials[static_cast<int64_t>(blockIdx.x) * NUM_MOMENTS + m] = total;
-  }
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) shared.is_last = atomicAdd(records.ticket, 1u) == gridDim.x - 1;
-  __syncthreads();
-  if (!shared.is_last) return;
-  __threadfence();
-  for (int m = warp; m < NUM_MOMENTS; m += RECORD_WARPS) {
-    double total = 0;
-    for (int block = lane; block < gridDim.x; block += WARP) {
-      const double part = __ldcg(partials + static_cast<int64_t>(block) * NUM_MOMENTS + m);
-      total = is_max(m) ? larger(part, total) : total + part;
-    }
-    if (is_max(m)) {
-      for (int64_t block = lane; block < largest_blocks; block += WARP) {
-        total = larger<double>(records.largest[block * NUM_OPERANDS + m / MOMENTS_PER_OPERAND], total);
-      }
-    }
-    total = is_max(m) ? warp_max(total) : warp_sum(total);
-    if (lane == 0) moments[m] = is_max(m) ? larger(total, moments[m]) : moments[m] + total;
-  }
-}
-
-constexpr int COLUMN_ROWS = 8;  // of threads in a block of WARP x COLUMN_ROWS, each row for other rows of the tensor
-
-struct ColumnParts {
-  double parts[COLUMN_ROWS][NUM_POWERS][WARP];
-
-  // Adds up the parts of the block's columns; the result is valid in the first row of threads.
-  __device__ __forceinline__ void sum(double (&powers)[NUM_POWERS]) {
-#pragma unroll
-    for (int power = 0; power < NUM_POWERS; ++power) parts[threadIdx.y][power][threadIdx.x] = powers[power];
-    __syncthreads();
-    if (threadIdx.y > 0) return;
-#pragma unroll
-    for (int power = 0; power < NUM_POWERS; ++power) {
-      for (int i = 1; i < COLUMN_ROWS; ++i) powers[power] += parts[i][power][threadIdx.x];
-    }
-  }
-};
-
-// The power sums of columns for rows that do not fit into registers. Block y takes every gridDim.y-th row.
-template <typename T>
-__global__ void __launch_bounds__(WARP * COLUMN_ROWS)
-    column_power_sums(const Rows<T> rows, const double* columns, float* column_partials) {
-  SPARSECOD_SHARED(ColumnParts, shared);
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * WARP + threadIdx.x;
-  double powers[NUM_POWERS] = {0, 0, 0, 0};
-  if (column < rows.width) {
-    const float shift = static_cast<float>(columns[SHIFT * rows.width + column]);
-    const float bias = rows.bias != nullptr ? to_real(rows.bias[column]) : 0;
-    const int64_t stride = static_cast<int64_t>(gridDim.y) * COLUMN_ROWS;
-    for (int64_t row = static_cast<int64_t>(blockIdx.y) * COLUMN_ROWS + threadIdx.y; row < rows.count; row += stride) {
-      const int64_t at = row * rows.width + column;
-      const float f = rows.bias != nullptr ? to_real(rows.branch[at]) + bias : to_real(rows.branch[at]);
-      add_powers(powers, static_cast<double>(f + to_real(rows.residual[at]) - shift));
-    }
-  }
-  shared.sum(powers);
-  if (threadIdx.y > 0 || column >= rows.width) return;
-#pragma unroll
-  for (int power = 0; power < NUM_POWERS; ++power) {
-    column_partials[(static_cast<int64_t>(blockIdx.y) * NUM_POWERS + power) * rows.width + column] = powers[power];
-  }
-}
-
-// columns[1 + power] += the sum of `parts` partials.
-__global__ void __launch_bounds__(WARP * COLUMN_ROWS)
-    add_column_partials(double* columns, const float* column_partials, int64_t parts, int64_t width) {
-  SPARSECOD_SHARED(ColumnParts, shared);
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * WARP + threadIdx.x;
-  double powers[NUM_POWERS] = {0, 0, 0, 0};
-  if (column < width) {
-    for (int64_t part = threadIdx.y; part < parts; part += COLUMN_ROWS) {
-#pragma unroll
-      for (int power = 0; power < NUM_POWERS; ++power) {
-        powers[power] += column_partials[(part * NUM_POWERS + power) * width + column];
-      }
-    }
-  }
-  shared.sum(powers);
-  if (threadIdx.y > 0 || column >= width) return;
-#pragma unroll
-  for (int power = 0; power < NUM_POWERS; ++power) columns[(FIRST + power) * width + column] += powers[power];
-}
-
 // How a launch is laid out.
 template <typename T>
 struct Plan {
@@ -387,11 +110,11 @@ struct Plan {
   int64_t blocks = 0, record_blocks, column_parts = 0;
   bool columns_apart = false;
 
-  Plan(const Rows<T>& rows, bool with_columns) {
-    const int64_t packs = rows.width / Pack<T>::COUNT;
+  // `packed`: rows can be taken 16 bytes at a time.
+  Plan(int64_t rows, int64_t width, bool packed, bool with_columns) {
+    const int64_t packs = width / Pack<T>::COUNT;
     const int packs_each = with_columns ? COLUMN_PACKS : BLOCK_PACKS;
-    if (!in_packs<T>(rows.width, rows.branch, rows.residual, rows.bias, rows.output) ||
-        packs > BlockGroup::MAX_THREADS * packs_each) {
+    if (!packed || packs > BlockGroup::MAX_THREADS * packs_each) {
       kernel = &residual_add_moments<T, BlockGroup, RowInMemory<T>, false>;
       threads = 256;
       columns_apart = with_columns;
@@ -407,7 +130,7 @@ struct Plan {
       threads = WarpGroup::MAX_THREADS;
       groups = threads / WARP;
     }
-    const int64_t needed = (rows.count + RECORD_THREADS - 1) / RECORD_THREADS;
+    const int64_t needed = (rows + RECORD_THREADS - 1) / RECORD_THREADS;
     record_blocks = needed < MAX_RECORD_BLOCKS ? needed : MAX_RECORD_BLOCKS;
   }
 
@@ -419,9 +142,9 @@ struct Plan {
     return cudaSuccess;
   }
 
-  int64_t scratch_bytes(const Rows<T>& rows) const {
-    return rows.count * sizeof(RowRecord) + record_blocks * NUM_MOMENTS * sizeof(double) +
-           blocks * NUM_OPERANDS * sizeof(float) + column_parts * NUM_POWERS * rows.width * sizeof(float) +
+  int64_t scratch_bytes(int64_t rows, int64_t width) const {
+    return rows * sizeof(RowRecord) + record_blocks * NUM_MOMENTS * sizeof(double) +
+           blocks * NUM_OPERANDS * sizeof(float) + column_parts * NUM_POWERS * width * sizeof(float) +
            sizeof(unsigned);
   }
 
@@ -433,7 +156,8 @@ struct Plan {
 
 template <typename T>
 cudaError_t launch(const Rows<T>& rows, double* moments, double* columns, void* scratch, cudaStream_t stream) {
-  Plan<T> plan(rows, columns != nullptr);
+  const bool packed = in_packs<T>(rows.width, rows.branch, rows.residual, rows.bias, rows.output);
+  Plan<T> plan(rows.count, rows.width, packed, columns != nullptr);
   SPARSECOD_RETURN_IF_ERROR(plan.size_grid(rows.count, columns != nullptr));
   RowRecord* row_records = static_cast<RowRecord*>(scratch);
   double* partials = reinterpret_cast<double*>(row_records + rows.count);
@@ -466,12 +190,10 @@ cudaError_t sparsecod_residual_add_moments_scratch(sparsecod::cuda::Dtype dtype,
   return SPARSECOD_DISPATCH_DTYPE(dtype, T, [&] {
     *bytes = 0;
     // Whether operands are aligned is not known yet: room for either kernel.
-    for (uintptr_t offset = 0; offset <= 1; ++offset) {
-      const T* pointer = reinterpret_cast<const T*>(offset);
-      const Rows<T> unknown = {pointer, pointer, nullptr, nullptr, rows, width};
-      Plan<T> plan(unknown, with_columns);
+    for (int aligned = 0; aligned <= 1; ++aligned) {
+      Plan<T> plan(rows, width, aligned && width % Pack<T>::COUNT == 0, with_columns);
       SPARSECOD_RETURN_IF_ERROR(plan.size_grid(rows, with_columns));
-      const int64_t needed = plan.scratch_bytes(unknown);
+      const int64_t needed = plan.scratch_bytes(rows, width);
       *bytes = needed > *bytes ? needed : *bytes;
     }
     return cudaSuccess;

@@ -122,6 +122,7 @@ SUMS = HERE / "kernels" / "sums.cu"
 CUDA = REPOSITORY / "csrc" / "cuda"
 SWIGLU = CUDA / "swiglu_jvp.cu"
 ADD = CUDA / "residual_add_moments.cu"
+ADD_ROWS, ADD_RECORDS, ADD_COLUMNS = (CUDA / f"residual_add_{part}.h" for part in ("rows", "records", "columns"))
 NORM = CUDA / "rms_norm_jvp.cu"
 PROBES = CUDA / "probe_moments.cu"
 STATS = CUDA / "attention_stats.cu"
@@ -144,15 +145,31 @@ MUTATIONS = [
         ADD, residual_add_moments, f"{BARRIER}  if (threadIdx.x < NUM_OPERANDS)", "  if (threadIdx.x < NUM_OPERANDS)"
     ),
     Mutation(
-        ADD, residual_add_moments, f"{BARRIER}  if (threadIdx.x < NUM_MOMENTS)", "  if (threadIdx.x < NUM_MOMENTS)"
+        ADD_RECORDS,
+        residual_add_moments,
+        f"{BARRIER}  if (threadIdx.x < NUM_MOMENTS)",
+        "  if (threadIdx.x < NUM_MOMENTS)",
+        kernel=ADD,
     ),
-    Mutation(ADD, residual_add_moments, f"gridDim.x - 1;\n{BARRIER}", "gridDim.x - 1;\n"),
-    Mutation(ADD, residual_add_moments, f"  {BARRIER}    if (threadIdx.y > 0)", "    if (threadIdx.y > 0)"),
+    Mutation(ADD_RECORDS, residual_add_moments, f"gridDim.x - 1;\n{BARRIER}", "gridDim.x - 1;\n", kernel=ADD),
+    Mutation(
+        ADD_COLUMNS,
+        residual_add_moments,
+        f"  {BARRIER}    if (threadIdx.y > 0)",
+        "    if (threadIdx.y > 0)",
+        kernel=ADD,
+    ),
     Mutation(ADD, residual_add_moments, "Group::index(); row < rows.count;", "Group::index(); row <= rows.count;"),
     Mutation(ADD, residual_add_moments, "Group::index(); row < rows.count;", "Group::index(); row < rows.count - 1;"),
-    Mutation(ADD, residual_add_moments, "present = row < rows.count", "present = row <= rows.count"),
     Mutation(
-        ADD, residual_add_moments, "column = first; column < rows.width;", "column = first; column <= rows.width;"
+        ADD_RECORDS, residual_add_moments, "present = row < rows.count", "present = row <= rows.count", kernel=ADD
+    ),
+    Mutation(
+        ADD_ROWS,
+        residual_add_moments,
+        "column = first; column < rows.width;",
+        "column = first; column <= rows.width;",
+        kernel=ADD,
     ),
     Mutation(NORM, rms_norm_jvp, f"= sums;\n{BARRIER}", "= sums;\n"),
     Mutation(PROBES, probe_moments, f"{BARRIER}  for (int warp = 1; warp < ROWS", "  for (int warp = 1; warp < ROWS"),
