@@ -38,6 +38,24 @@ def add_cod_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         "stream (kurtosis, Eq. 19 and 20); 0 for none. Default: 100.",
     )
     group.add_argument(
+        "--cod-jacobian-interval",
+        type=_non_negative,
+        default=100,
+        help="Probe the Jacobian of every layer at every n-th step, on one microbatch; 0 for never. Default: 100.",
+    )
+    group.add_argument(
+        "--cod-jacobian-probes",
+        type=_positive,
+        default=4,
+        help="Directions of each kind that a layer is probed in. Default: 4.",
+    )
+    group.add_argument(
+        "--cod-jacobian-directions",
+        choices=["noise", "residual"],
+        default="noise",
+        help="Random directions only, or also that of the residual stream itself. Default: noise.",
+    )
+    group.add_argument(
         "--cod-data", help="Prefix of a dataset made by tools/preprocess_data.py: its train and valid parts."
     )
     group.add_argument(
@@ -56,11 +74,19 @@ def add_cod_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     return parser
 
 
-def _non_negative(text: str) -> int:
+def _at_least(least: int, text: str) -> int:
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is given, 0 or more is accepted")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{value} is given, {least} or more is accepted")
     return value
+
+
+def _non_negative(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _positive(text: str) -> int:
+    return _at_least(1, text)
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -14,6 +15,20 @@ from sparsecod_mcore.monitor.reduction import reduce_columns, reduce_over_ranks
 from sparsecod_mcore.monitor.sinks import Sink
 from sparsecod_mcore.monitor.statistics import LayerStatistics, layer_statistics
 from sparsecod_mcore.ops import Moment
+
+
+class Instrument(Protocol):
+    """What measures more than the residual adds do, at steps of its own choice; collected with the rest."""
+
+    def begin_step(self, iteration: int) -> None: ...
+
+    def end_step(self) -> None: ...
+
+    def must_collect_before(self, iteration: int) -> bool:
+        """Whether `collect` must be called before `iteration` can be measured."""
+
+    def collect(self) -> dict[int, LayerStatistics]:
+        """What was measured since the last call, by iteration, the same on every rank. Collective over all ranks."""
 
 
 class Monitor:
@@ -41,6 +56,7 @@ class Monitor:
         self.stats_interval = stats_interval
         self.kurtosis_interval = kurtosis_interval if stats_interval else 0
         self.sinks: Sequence[Sink] = ()
+        self.instruments: Sequence[Instrument] = ()
         self.dimension_sink: DimensionSink | None = None
         self._replicated = replicated
         self._tokens: dict[int, int] = {}
@@ -57,7 +73,9 @@ class Monitor:
     def must_collect_before(self, iteration: int) -> bool:
         """Whether `collect` must be called before `iteration` can be measured."""
         columns_taken = self._columns is not None and self._columns.iteration is not None
-        return self._buffer.full or (columns_taken and self._measures_columns(iteration))
+        if self._buffer.full or (columns_taken and self._measures_columns(iteration)):
+            return True
+        return any(instrument.must_collect_before(iteration) for instrument in self.instruments)
 
     def _measures_columns(self, iteration: int) -> bool:
         return self._columns is not None and iteration % math.lcm(self.stats_interval, self.kurtosis_interval) == 0
@@ -66,10 +84,14 @@ class Monitor:
         """Called before the forward passes of `iteration` (counted from 1)."""
         if self.stats_interval and iteration % self.stats_interval == 0:
             self._buffer.begin(iteration, with_columns=self._measures_columns(iteration))
+        for instrument in self.instruments:
+            instrument.begin_step(iteration)
 
     def end_step(self, iteration: int, tokens: int) -> None:
         """Called after the last backward pass of `iteration`, by which `tokens` have been trained on in all."""
         self._buffer.end()
+        for instrument in self.instruments:
+            instrument.end_step()
         self._tokens[iteration] = tokens
 
     def collect(self) -> dict[int, LayerStatistics]:
@@ -77,10 +99,19 @@ class Monitor:
 
         Returns the statistics [L] (float64, on the host) by iteration, the same on every rank.
         """
+        collected = self._collect_residual_adds() if self._buffer.iterations else {}
+        for instrument in self.instruments:
+            for iteration, statistics in instrument.collect().items():
+                collected[iteration] = collected.get(iteration, {}) | statistics
+        collected = dict(sorted(collected.items()))
+        for iteration, statistics in collected.items():
+            for sink in self.sinks:
+                sink.append(iteration, self._tokens[iteration], statistics)
+        self._tokens.clear()
+        return collected
+
+    def _collect_residual_adds(self) -> dict[int, LayerStatistics]:
         iterations = list(self._buffer.iterations)
-        if not iterations:
-            self._tokens.clear()
-            return {}
         moments_ILAM = reduce_over_ranks(
             self._buffer.moments_ILAM[: len(iterations)], replicated=self._replicated
         ).cpu()
@@ -91,10 +122,6 @@ class Monitor:
             collected[iteration] |= moments.statistics()
             if self.dimension_sink is not None:
                 self.dimension_sink.append(iteration, self._tokens[iteration], moments)
-        for iteration, statistics in collected.items():
-            for sink in self.sinks:
-                sink.append(iteration, self._tokens[iteration], statistics)
-        self._tokens.clear()
         return collected
 
     def _collect_dimensions(self) -> dict[int, DimensionMoments]:

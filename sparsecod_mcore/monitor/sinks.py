@@ -13,18 +13,27 @@ class Sink(Protocol):
     def flush(self) -> None: ...
 
 
+# What is worth a live curve of every layer where it was measured; the tag of its curves.
+LIVE: dict[tuple[str, str], str] = {
+    **{(stream, "variance"): f"variance/{stream}" for stream in STREAMS},
+    ("layer_output", "dimension_kurtosis"): "kurtosis/layer_output",
+    ("jacobian", "deviation"): "jacobian/deviation",
+    ("jacobian_attention", "deviation"): "jacobian/deviation_attention",
+    ("jacobian_mlp", "deviation"): "jacobian/deviation_mlp",
+    ("jacobian", "token_deviation"): "jacobian/token_deviation",
+}
+
+
 def live_scalars(statistics: LayerStatistics) -> dict[str, float]:
-    """Scalars worth a live curve: variance of every layer and stream, the last-layer variance (Eq. 4 of h_L), and where
-    it was measured the kurtosis of every layer's output (Eq. 20)."""
+    """Scalars worth a live curve: those of `LIVE` by layer, and the last-layer variance (Eq. 4 of h_L)."""
     scalars = {
-        f"variance/{stream}/layer_{layer:03d}": value
-        for stream in STREAMS
-        for layer, value in enumerate(statistics[stream, "variance"].tolist())
+        f"{tag}/layer_{layer:03d}": value
+        for key, tag in LIVE.items()
+        if key in statistics
+        for layer, value in enumerate(statistics[key].tolist())
     }
-    scalars["variance/last_layer"] = statistics["layer_output", "variance"][-1].item()
-    if ("layer_output", "dimension_kurtosis") in statistics:
-        for layer, value in enumerate(statistics["layer_output", "dimension_kurtosis"].tolist()):
-            scalars[f"kurtosis/layer_output/layer_{layer:03d}"] = value
+    if ("layer_output", "variance") in statistics:
+        scalars["variance/last_layer"] = statistics["layer_output", "variance"][-1].item()
     return scalars
 
 
@@ -45,16 +54,20 @@ class TensorBoardSink:
 class WandbSink:
     """A W&B record per log interval; works offline (``WANDB_MODE=offline``) like the run it belongs to.
 
-    W&B drops steps older than the newest it was given, and Megatron has given it every step up to the log interval.
+    W&B drops steps older than the newest it was given, and Megatron has given it every step up to the log interval:
+    what was measured since the last record and not again waits for the next.
     """
 
     def __init__(self, wandb: Any, log_interval: int) -> None:
         self._wandb = wandb
         self._log_interval = log_interval
+        self._latest: dict[str, float] = {}
 
     def append(self, iteration: int, tokens: int, statistics: LayerStatistics) -> None:
+        self._latest |= live_scalars(statistics)
         if iteration % self._log_interval == 0:
-            self._wandb.log({"tokens": tokens, **live_scalars(statistics)}, iteration)
+            self._wandb.log({"tokens": tokens, **self._latest}, iteration)
+            self._latest = {}
 
     def flush(self) -> None:
         """W&B uploads on its own."""

@@ -176,11 +176,13 @@ class TrainingHooks:
 
     def _stop_diverged(self, iteration: int, collected: dict[int, LayerStatistics]) -> None:
         self.finish()
-        where = first_non_finite(collected[iteration]) if iteration in collected else None
+        statistics = collected.get(iteration, {})
+        measured = ("layer_output", "non_finite") in statistics  # a step may have been probed only
+        where = first_non_finite(statistics) if measured else None
         if where is not None:
             layer, stream, count = where
             place = f"non-finite values first appear in layer {layer}, stream {stream} ({count} of them)"
-        elif iteration in collected:
+        elif measured:
             place = "every layer's output is finite, so it began in the output layer, the loss or the backward pass"
         else:
             place = "this step was not measured; cod.stats_interval 1 names the layer"

@@ -27,6 +27,7 @@ from sparsecod_mcore.train import checkpoints, input_checks, upstream
 from sparsecod_mcore.train.batches import build_datasets, forward_step
 from sparsecod_mcore.train.hooks import TrainingDiverged, TrainingHooks
 from sparsecod_mcore.train.output import Say, megatron_output
+from sparsecod_mcore.train.probing import JacobianProbes
 from sparsecod_mcore.train.run_directory import RunDirectory
 
 # One process without a launcher is a job of one rank.
@@ -129,6 +130,9 @@ def _train(args: Namespace, run: RunDirectory, say: Say) -> None:
             device=torch.cuda.current_device(),
         )
         monitor.bind(model_chunks)
+        if args.cod_jacobian_interval:
+            replicated = holds_replicated_tokens(args.sequence_parallel)
+            monitor.instruments = [JacobianProbes(args, model_chunks, replicated=replicated)]
         hooks.append(TrainingHooks(args, run, monitor, say))
         hooks[-1].install()
         return model_chunks

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,6 +105,6 @@ def duration(seconds: float) -> str:
 
 def last_layer_variance(collected: dict[int, LayerStatistics], iteration: int) -> float | None:
     """Var(h_L) of the latest measured step up to `iteration`."""
-    measured: Callable[[int], bool] = lambda i: i <= iteration  # noqa: E731
-    latest = max(filter(measured, collected), default=None)
-    return None if latest is None else collected[latest]["layer_output", "variance"][-1].item()
+    key = ("layer_output", "variance")
+    latest = max((i for i, statistics in collected.items() if i <= iteration and key in statistics), default=None)
+    return None if latest is None else collected[latest][key][-1].item()

@@ -17,6 +17,7 @@ FREE_TO_CHANGE = (
     "cod.run_dir",
     "cod.stats_interval",
     "cod.kurtosis_interval",
+    "cod.jacobian_*",
     "cod.verbose",
     "micro_batch_size",
     "num_workers",

@@ -16,14 +16,17 @@ EP2 = ("--expert-model-parallel-size", 2)
 DISTRIBUTED_OPTIMIZER = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
 RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1)
 
+# Jacobians are probed on the first microbatch: two ranks together are to take as many sequences as one process does.
+PER_RANK = ("--micro-batch-size", 1)
+
 DENSE_LAYOUTS = {
     "tp2": (2, TP2),
     "tp2_sp": (2, TP2 + SP),
     "pp2": (2, PP2),
     "pp2_interleaved": (2, (*PP2, "--num-layers-per-virtual-pipeline-stage", 1)),
-    "dp2": (2, ()),
+    "dp2": (2, PER_RANK),
     "cp2": (2, CP2),
-    "dp2_distributed_optimizer": (2, DISTRIBUTED_OPTIMIZER),
+    "dp2_distributed_optimizer": (2, DISTRIBUTED_OPTIMIZER + PER_RANK),
     "tp2_pp2": (4, TP2 + PP2),
     "recompute": (1, RECOMPUTE),
     "tp2_sp_recompute": (2, TP2 + SP + RECOMPUTE),
@@ -67,24 +70,38 @@ def test_moe(layout: str, moe: Job, tmp_path: Path, moe_config: Path, data: Data
     processes, flags = MOE_LAYOUTS[layout]
     job = train(tmp_path, moe_config, data, *moe_start, *flags, processes=processes)
     assert_same_losses(job, moe, TOLERANCE)
-    assert_same_statistics(job, moe, TOLERANCE)
+    assert_same_statistics(job, moe, TOLERANCE, lambda key: not key[2].startswith("jacobian"))
+
+
+def test_jacobians_of_moe(tmp_path: Path, moe_config: Path, data: Data, moe_start: tuple) -> None:
+    """Two expert-parallel ranks probe the sequences that one process probes in a microbatch of twice the size.
+
+    Of the first step only: the load-balancing loss, and so the training, depends on the size of microbatches.
+    """
+    once = (*moe_start, "--exit-interval", 1)
+    one = train(tmp_path / "one", moe_config, data, *once, "--micro-batch-size", 4)
+    two = train(tmp_path / "two", moe_config, data, *once, *EP2, processes=2)
+    assert_same_statistics(two, one, TOLERANCE, lambda key: key[2].startswith("jacobian"))
 
 
 def test_every_step_layer_and_stream_is_there(dense: Job) -> None:
     keys = dense.statistics().keys()
     assert {key[0] for key in keys} == set(range(1, 7))
     assert {key[1] for key in keys} == set(range(4))
-    assert {key[2] for key in keys} == {"attention", "mlp", "after_attention", "layer_output"}
+    branches = {"attention", "mlp", "after_attention", "layer_output"}
+    assert {key[2] for key in keys} == branches | {"jacobian", "jacobian_attention", "jacobian_mlp"}
 
 
 def test_statistics_can_be_sparse_or_off(
     tmp_path: Path, dense: Job, dense_config: Path, data: Data, dense_start: tuple
 ) -> None:
-    """Measuring less often changes neither the training nor what is measured."""
-    sparse = train(tmp_path / "sparse", dense_config, data, *dense_start, "--cod-stats-interval", 3)
+    """Measuring less often changes neither the training, bit for bit, nor what is measured."""
+    seldom = ("--cod-stats-interval", 3, "--cod-jacobian-interval", 3)
+    sparse = train(tmp_path / "sparse", dense_config, data, *dense_start, *seldom)
     assert sparse.losses() == dense.losses()
     expected = {key: value for key, value in dense.statistics().items() if key[0] % 3 == 0}
     assert sparse.statistics() == expected
-    off = train(tmp_path / "off", dense_config, data, *dense_start, "--cod-stats-interval", 0)
+    never = ("--cod-stats-interval", 0, "--cod-jacobian-interval", 0)
+    off = train(tmp_path / "off", dense_config, data, *dense_start, *never)
     assert off.losses() == dense.losses()
     assert not list((off.run / "stats").glob("*.parquet"))

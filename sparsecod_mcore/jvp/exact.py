@@ -1,0 +1,26 @@
+"""The token-averaged Jacobian of a layer as a matrix, column by column in batches."""
+
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from sparsecod_mcore.jvp.attention import Rotary
+from sparsecod_mcore.jvp.layer import probe_branches
+
+
+@torch.no_grad()
+def deviation_sums(
+    layer: TransformerLayer, hidden_SBD: Tensor, rotary_pos_emb: Rotary = None, *, columns_per_batch: int = 16
+) -> Tensor:
+    """Sum over the tokens of [S, B, D] of (J - I) e_k, e_k at every token: [D, D] float64, row k for e_k.
+
+    Divided by the number of tokens, and transposed, it is J_bar - I of the paper's definition. Sums of several inputs
+    or ranks add up. Collective over the ranks that hold parts of the layer.
+    """
+    width = hidden_SBD.shape[-1]
+    unit_DD = torch.eye(width, dtype=hidden_SBD.dtype, device=hidden_SBD.device)
+    sums = []
+    for unit_PD in unit_DD.split(columns_per_batch):
+        probed = probe_branches(layer, hidden_SBD, unit_PD, rotary_pos_emb=rotary_pos_emb)
+        sums.append(probed.attention_sums + probed.mlp_sums)
+    return torch.cat(sums)

@@ -1,0 +1,142 @@
+"""One forward-mode rule per type of module: norms, linear layers and the MLP.
+
+Attention's rules stand in attention.py, those of mixtures of experts in moe.py, Transformer Engine's in
+transformer_engine.py. A rule takes the module and its input as a `Dual` and returns its output as a `Dual`, biases
+added, with the collectives that the module itself runs. Dropout is left out: derivatives are those of evaluation.
+"""
+
+from functools import singledispatch
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from sparsecod_mcore.errors import UserError
+from sparsecod_mcore.jvp.dual import Dual, all_reduce, gather_sequence, project, reduce_scatter_sequence
+from sparsecod_mcore.model.norm import RMSNorm
+from sparsecod_mcore.ops import rms_norm_jvp, swiglu_jvp
+
+
+@singledispatch
+def jvp(module: torch.nn.Module, x: Dual) -> Dual:
+    """Output of `module` and its tangents, for the input x [..., D].
+
+    Raises UserError for a type of module that no rule is registered for.
+    """
+    raise unknown(module)
+
+
+def unknown(module: torch.nn.Module) -> UserError:
+    """What to say of a module that has no rule."""
+    kind = type(module)
+    return UserError(
+        f"no Jacobian rule for {kind.__module__}.{kind.__qualname__}: register one with "
+        f"@sparsecod_mcore.jvp.jvp.register, or set cod.jacobian_interval to 0"
+    )
+
+
+def unsupported(module: torch.nn.Module, what: str) -> UserError:
+    """What to say of a module whose rule does not cover how it is configured."""
+    kind = type(module).__name__
+    return UserError(f"the Jacobian rule of {kind} does not know {what}: set cod.jacobian_interval to 0")
+
+
+@jvp.register
+def _(module: IdentityOp, x: Dual) -> Dual:
+    return x
+
+
+@jvp.register
+def _(module: RMSNorm, x: Dual) -> Dual:
+    return rms_norm(x, module.weight, module.eps)
+
+
+@jvp.register
+def _(module: torch.nn.RMSNorm, x: Dual) -> Dual:
+    assert module.weight is not None and module.eps is not None
+    return rms_norm(x, module.weight, module.eps)
+
+
+def rms_norm(x: Dual, weight_D: Tensor, eps: float) -> Dual:
+    """w x / sqrt(mean(x^2) + eps) over the last axis."""
+    weight_D = weight_D if weight_D.dtype == torch.float32 else weight_D.to(x.value.dtype)
+    return Dual(*rms_norm_jvp(x.value, x.tangents, weight_D, eps))
+
+
+@jvp.register
+def _(module: torch.nn.LayerNorm, x: Dual) -> Dual:
+    return layer_norm(x, module.weight, module.bias, module.eps)
+
+
+def layer_norm(x: Dual, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Dual:
+    """w (x - m) / sqrt(var + eps) + b over the last axis: centring is linear, and what remains is an RMSNorm."""
+    dtype = torch.promote_types(x.value.dtype, torch.float32)
+    centred = x.to(dtype).map(lambda t: t - t.mean(-1, keepdim=True))
+    y = Dual(*rms_norm_jvp(centred.value, centred.tangents, weight_D.to(dtype), eps))
+    shifted = y.value if bias_D is None else y.value + bias_D
+    return Dual(shifted, y.tangents).to(x.value.dtype)
+
+
+@jvp.register
+def _(module: ColumnParallelLinear, x: Dual) -> Dual:
+    if module.gather_output:
+        raise unsupported(module, "gather_output")
+    if module.sequence_parallel and not module.explicit_expert_comm:
+        x = gather_sequence(x, module.tp_group)
+    return project(x, module.weight, module.bias)
+
+
+@jvp.register
+def _(module: RowParallelLinear, x: Dual) -> Dual:
+    if not module.input_is_parallel:
+        raise unsupported(module, "an input that is not parallel")
+    y = project(x, module.weight)
+    if not module.explicit_expert_comm:  # else the token dispatcher sums over ranks
+        y = (reduce_scatter_sequence if module.sequence_parallel else all_reduce)(y, module.tp_group)
+    return y if module.bias is None else Dual(y.value + module.bias, y.tangents)
+
+
+@jvp.register
+def _(module: MLP, x: Dual) -> Dual:
+    return jvp(module.linear_fc2, swiglu(module, jvp(module.linear_fc1, x)))
+
+
+@singledispatch
+def jvp_with_sums(module: torch.nn.Module, x: Dual, num_summed: int) -> tuple[Tensor, Tensor]:
+    """Of the tangents of the output, the first `num_summed` only summed over tokens, [P, D], and the rest, [Q, ..., D].
+
+    Sums over the ranks of a sequence-parallel group add up to the sum over their tokens.
+    """
+    tangents = jvp(module, x).tangents
+    return sum_over_tokens(tangents[:num_summed]), tangents[num_summed:]
+
+
+@jvp_with_sums.register
+def _(module: MLP, x: Dual, num_summed: int) -> tuple[Tensor, Tensor]:
+    """The last projection is linear: it may as well take the sum."""
+    activated = swiglu(module, jvp(module.linear_fc1, x))
+    sums_PF = sum_over_tokens(activated.tangents[:num_summed])
+    # Among as many rows as tensor-parallel ranks, so that the projection can deal them out under sequence parallelism.
+    rows_PR1F = sums_PF.new_zeros(num_summed, module.config.tensor_model_parallel_size, 1, sums_PF.shape[-1])
+    rows_PR1F[:, 0, 0] = sums_PF
+    summed = jvp(module.linear_fc2, Dual(rows_PR1F[0], rows_PR1F)).tangents.sum((1, 2))
+    if len(activated.tangents) == num_summed:
+        return summed, x.tangents[num_summed:]
+    return summed, jvp(module.linear_fc2, Dual(activated.value, activated.tangents[num_summed:])).tangents
+
+
+def sum_over_tokens(tangents: Tensor) -> Tensor:
+    """[P, ..., D] to [P, D], in float32 at least."""
+    return tangents.flatten(1, -2).sum(1, dtype=torch.promote_types(tangents.dtype, torch.float32))
+
+
+def swiglu(module: MegatronModule, gate_up: Dual) -> Dual:
+    """silu(a) b of [a, b] [..., 2F]; refuses any other activation that `module` is configured for."""
+    config = module.config
+    plain_swiglu = config.gated_linear_unit and config.activation_func == torch.nn.functional.silu
+    if not plain_swiglu or config.activation_func_clamp_value is not None or config.glu_linear_offset:
+        raise unsupported(module, "activations other than SwiGLU")
+    return Dual(*swiglu_jvp(gate_up.value, gate_up.tangents))
