@@ -22,10 +22,11 @@ def example_scores(layers: int = 4, heads: int = 2, width: int = 16, experts: in
         return np.triu(scale * random.random((layers, layers)) * np.exp(-2 * depth_L)[:, None], 1).tolist()
 
     def below(first: float, last: float, *inner: int) -> dict[str, list]:
-        thresholds = results.SPARSITY_THRESHOLDS
+        values = np.clip(by_layer(first, last, *inner), 0, 1)
+        shares = (0.6, 0.7, 0.8, 1.0)
         return {
-            str(threshold): np.clip(by_layer(first * share, last * share, *inner), 0, 1).tolist()
-            for threshold, share in zip(thresholds, np.linspace(0.7, 1, len(thresholds)), strict=True)
+            str(threshold): (share * values).tolist()
+            for threshold, share in zip(results.SPARSITY_THRESHOLDS, shares, strict=True)
         }
 
     def mean(figures: dict[str, list]) -> dict[str, float]:
@@ -59,7 +60,7 @@ def example_scores(layers: int = 4, heads: int = 2, width: int = 16, experts: in
             matrix=matrix.tolist(),
         )
 
-    def experts_of(layer: int) -> results.LayerExperts:
+    def experts_of() -> results.LayerExperts:
         frequency_E = random.dirichlet([5.0] * experts)
         return results.LayerExperts(
             selection_frequency=frequency_E.tolist(),
@@ -107,7 +108,7 @@ def example_scores(layers: int = 4, heads: int = 2, width: int = 16, experts: in
         skip=results.Skip(loss=by_layer(4.0, 2.6), relative_loss_increase=by_layer(0.6, 0.04)),
         similarity=results.Similarity(matrix=np.exp(-np.abs(depth_L[:, None] - depth_L)).tolist()),
         jacobian=results.Jacobian(sequences=8, method="exact", layers=[jacobian(layer) for layer in range(layers)]),
-        moe=results.Experts(layers={"1": experts_of(1), str(layers - 1): experts_of(layers - 1)}),
+        moe=results.Experts(layers={str(layer): experts_of() for layer in range(1, layers)} or {"0": experts_of()}),
         weight_sparsity=results.WeightSparsity(
             parameters=100 * layers, model=mean(below(0.02, 0.1)), layers=below(0.02, 0.1), tensors=tensors
         ),
