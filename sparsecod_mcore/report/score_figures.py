@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import FuncNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -177,12 +177,10 @@ def _jacobian_matrices(scores: Scores) -> Figure | None:
     rows = 1 if len(shown) <= 4 else 2
     columns = -(-len(shown) // rows)
     pooled, pool = _pooled(scores.jacobian, shown)
-    # Of the entries off the diagonal next to none are beyond; those on it may be.
-    limit = float(np.quantile(np.abs(np.stack(pooled)), 0.99)) or 1.0
     figure = Figure(figsize=(2.5 * columns + 1, 2.6 * rows + 0.5), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, layer, matrix_DD in zip(grid, shown, pooled, strict=False):
-        image = axes.imshow(matrix_DD, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        image = axes.imshow(matrix_DD, cmap="RdBu_r", norm=_OF_ENTRIES, interpolation="nearest")
         deviation = scores.jacobian.layers[layer].deviation
         axes.set_title(f"layer {layer}:  {DEVIATION} = {deviation:.3f}", size=8.5, pad=5)
         axes.grid(False)
@@ -192,8 +190,21 @@ def _jacobian_matrices(scores: Scores) -> Figure | None:
         axes.set_axis_off()
     label = r"entry of $\bar{J}$" + ("" if pool == 1 else f", the largest in {pool} × {pool}")
     bar = figure.colorbar(image, ax=grid.tolist(), label=label, shrink=0.8, extend="both", pad=0.02)
+    bar.set_ticks([-1, -0.5, -0.1, 0, 0.1, 0.5, 1])
     bar.outline.set_visible(False)
     return figure
+
+
+def _signed_root(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return np.sign(x) * np.sqrt(np.abs(x))
+
+
+def _signed_square(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return np.sign(x) * x**2
+
+
+# The same for every model, so that what is close to the identity looks so, and yet shows entries of 0.01.
+_OF_ENTRIES = FuncNorm((_signed_root, _signed_square), -1, 1)
 
 
 def _pooled(jacobian: Jacobian, layers: Sequence[int]) -> tuple[list[npt.NDArray[np.float64]], int]:
