@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sparsecod_mcore.data.atomic import publish, temporary
 from sparsecod_mcore.monitor.parquet import Series, read_statistics
+from sparsecod_mcore.report.style import EVEN_COLOURS, STYLE, layers_shown, mark_every, save
 
 # Colours of Okabe and Ito, which remain distinct to colour-blind readers; markers tell streams apart in grey.
 STREAM_STYLES: dict[str, dict[str, Any]] = {
@@ -21,29 +21,6 @@ STREAM_STYLES: dict[str, dict[str, Any]] = {
     "mlp": {"label": "MLP branch", "color": "#E69F00", "marker": "s", "linestyle": "--"},
     "after_attention": {"label": "after attention", "color": "#56B4E9", "marker": "^"},
     "layer_output": {"label": "layer output", "color": "#222222", "marker": "D"},
-}
-# Even in lightness, without the pale end that white paper swallows.
-DEPTH_COLOURS = ListedColormap(mpl.colormaps["viridis"](np.linspace(0.9, 0.0, 256)))
-MAX_LAYERS_SHOWN = 8
-MAX_MARKERS = 12
-STYLE: dict[Any, Any] = {
-    "font.size": 9.5,
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#666666",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4.5,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "svg.hashsalt": "sparsecod_mcore",  # the same run gives the same file
 }
 
 
@@ -60,13 +37,13 @@ def save_variance_figure(run_directory: Path, output_stem: Path) -> list[Path]:
         against_depth, over_training = figure.subplots(1, 2, width_ratios=[1, 1.12])
         _draw_against_depth(against_depth, series)
         _draw_over_training(over_training, series["layer_output"])
-        return _save(figure, output_stem)
+        return save(figure, output_stem)
 
 
 def _draw_against_depth(axes: Axes, series: dict[str, Series]) -> None:
     for stream, style in STREAM_STYLES.items():
         values_L = _positive(series[stream].values_IL[-1])
-        axes.plot(values_L, markevery=-(-len(values_L) // MAX_MARKERS), **style)
+        axes.plot(values_L, markevery=mark_every(len(values_L)), **style)
     axes.set(
         title=f"Against depth, after {_tokens(series['layer_output'].tokens_I[-1])} tokens",
         xlabel="layer",
@@ -81,14 +58,14 @@ def _draw_against_depth(axes: Axes, series: dict[str, Series]) -> None:
 def _draw_over_training(axes: Axes, layer_output: Series) -> None:
     last_layer = layer_output.values_IL.shape[1] - 1
     depth = Normalize(0, max(last_layer, 1))
-    shown = np.unique(np.linspace(0, last_layer, MAX_LAYERS_SHOWN).round().astype(int))
+    shown = layers_shown(last_layer + 1)
     marker = "o" if len(layer_output.tokens_I) == 1 else None
     for layer in shown:
         is_last = layer == last_layer
         axes.plot(
             layer_output.tokens_I,
             _positive(layer_output.values_IL[:, layer]),
-            color=DEPTH_COLOURS(depth(layer)),
+            color=EVEN_COLOURS(depth(layer)),
             linewidth=2.4 if is_last else 1.2,
             marker=marker,
             label=f"last layer ({layer})" if is_last else None,
@@ -96,8 +73,8 @@ def _draw_over_training(axes: Axes, layer_output: Series) -> None:
     axes.set(title="Layer output over training", xlabel="training tokens", ylabel="variance", yscale="log")
     axes.xaxis.set_major_formatter(lambda tokens, _: _tokens(tokens))
     axes.legend(loc="best")
-    bar = axes.figure.colorbar(ScalarMappable(depth, DEPTH_COLOURS), ax=axes, label="layer", pad=0.02)
-    bar.set_ticks(shown.tolist())
+    bar = axes.figure.colorbar(ScalarMappable(depth, EVEN_COLOURS), ax=axes, label="layer", pad=0.02)
+    bar.set_ticks(shown)
     bar.outline.set_visible(False)
 
 
@@ -112,14 +89,3 @@ def _tokens(count: float) -> str:
         if count >= unit:
             return f"{count / unit:.3g}{name}"
     return f"{count:g}"
-
-
-def _save(figure: Figure, output_stem: Path) -> list[Path]:
-    output_stem.parent.mkdir(parents=True, exist_ok=True)
-    written = []
-    for kind, options in (("png", {"dpi": 200}), ("svg", {"metadata": {"Date": None}})):
-        path = output_stem.with_name(f"{output_stem.name}.{kind}")
-        figure.savefig(temporary(path), format=kind, **options)
-        publish(path)
-        written.append(path)
-    return written

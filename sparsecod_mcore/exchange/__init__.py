@@ -1,0 +1,1 @@
+"""Models from elsewhere, and from Megatron's checkpoints: their configurations and their weights."""

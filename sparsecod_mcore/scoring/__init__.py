@@ -1,0 +1,1 @@
+"""Scoring: which layers of a trained model do work, and which are wasted."""

@@ -1,0 +1,52 @@
+"""Ranks that score: tensor- and expert-parallel ranks hold one model together, data-parallel ones share the work.
+
+A worker is one copy of the model: its ranks do the same things in the same order. With experts spread over ranks
+that would hold different tokens in training, those ranks work on the same tokens here.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from sparsecod_mcore import platform
+from sparsecod_mcore.errors import UserError
+
+
+def initialise(tensor: int = 1, expert: int = 1, seed: int = 1234) -> None:
+    """Join the ranks that torchrun started, or be the only one, and split them into workers."""
+    if not dist.is_initialized():
+        if "RANK" in os.environ:
+            if platform.has_gpu():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if platform.has_gpu() else "gloo")
+        else:
+            backend = "nccl" if platform.has_gpu() else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if parallel_state.model_parallel_is_initialized():
+        return
+    world = dist.get_world_size()
+    if tensor < 1 or expert < 1 or world % (tensor * expert):
+        raise UserError(
+            f"{world} processes are not divisible by tensor x expert parallel size {tensor} x {expert}; "
+            "pipeline and context parallelism are not used for scoring"
+        )
+    parallel_state.initialize_model_parallel(tensor, expert_model_parallel_size=expert)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def worker() -> int:
+    """Which worker this rank belongs to."""
+    return parallel_state.get_expert_data_parallel_rank()
+
+
+def workers() -> int:
+    """How many copies of the model there are."""
+    return parallel_state.get_expert_data_parallel_world_size()
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if platform.has_gpu() else platform.CPU
