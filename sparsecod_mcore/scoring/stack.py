@@ -53,7 +53,7 @@ class Stack:
     def layer(self, index: int, hidden_SBD: torch.Tensor) -> torch.Tensor:
         """What layer `index`, counted from 0, makes of `hidden_SBD`, which stays as it is."""
         output_SBD, _ = self.layers[index](
-            hidden_SBD, attention_mask=None, rotary_pos_emb=self._rotary_embedding(hidden_SBD.shape[0])
+            hidden_SBD, attention_mask=None, rotary_pos_emb=self.rotary_embedding(hidden_SBD.shape[0])
         )
         return output_SBD
 
@@ -66,7 +66,7 @@ class Stack:
         logits_SBV, _ = model.output_layer(model.decoder.final_layernorm(hidden_SBD), weight=weight_VD)
         return model.compute_language_model_loss(targets_BS, logits_SBV)
 
-    def _rotary_embedding(self, length: int) -> torch.Tensor | None:
+    def rotary_embedding(self, length: int) -> torch.Tensor | None:
         if self.model.position_embedding_type != "rope":
             return None
         if self._rotary is None or self._rotary[0] != length:
