@@ -4,9 +4,11 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/ArrayRef.h>
+#include <c10/util/DimVector.h>
 #include <c10/util/Exception.h>
 
 #include <initializer_list>
+#include <optional>
 #include <string>
 
 #include "../common/thresholds.h"
@@ -49,6 +51,28 @@ inline void check_like(const char* argument, const at::Tensor& given, const char
 inline void check_same_shape(const char* argument, const at::Tensor& given, const char* model_name,
                              const at::Tensor& model) {
   check_shape(argument, given, model.sym_sizes(), std::string(model_name) + "'s shape ");
+}
+
+// `probes`, if given, and then the sizes of `model`.
+inline c10::SymDimVector with_probes(const std::optional<c10::SymInt>& probes, c10::SymIntArrayRef model) {
+  c10::SymDimVector shape;
+  if (probes) shape.push_back(*probes);
+  shape.append(model.begin(), model.end());
+  return shape;
+}
+
+// A tangent has the shape of its primal, or one dimension more in front: several tangents, one per probe. Returns how
+// many, if that dimension is there.
+inline std::optional<c10::SymInt> check_tangent(const char* argument, const at::Tensor& tangent,
+                                                const char* primal_name, const at::Tensor& primal) {
+  const bool probed = tangent.dim() == primal.dim() + 1;
+  const auto probes = probed ? std::optional(tangent.sym_size(0)) : std::nullopt;
+  TORCH_CHECK_VALUE(tangent.sym_sizes().equals(with_probes(probes, primal.sym_sizes())), argument, " has shape ",
+                    tangent.sym_sizes(), ", but must have ", primal_name, "'s shape ", primal.sym_sizes(),
+                    ", or a number of probes before it");
+  TORCH_CHECK_VALUE(!probes || *probes > 0, argument, " has 0 probes, but must have at least 1");
+  check_like(argument, tangent, primal_name, primal);
+  return probes;
 }
 
 inline void check_thresholds(at::ArrayRef<double> thresholds, size_t fewest) {

@@ -9,7 +9,9 @@
 #include <array>
 #include <cmath>
 #include <optional>
+#include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../cpu/operators.h"
@@ -25,8 +27,10 @@ namespace {
 
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& q_tangent,
-           const at::Tensor& k_tangent, const at::Tensor& v_tangent, std::optional<double> scale, bool causal) {
+// Returns how many probes the tangents are of, if they have that dimension.
+std::optional<c10::SymInt> check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                 const at::Tensor& q_tangent, const at::Tensor& k_tangent, const at::Tensor& v_tangent,
+                                 std::optional<double> scale, bool causal) {
   check_floating("q", q);
   TORCH_CHECK_VALUE(q.dim() == 4 && q.sym_size(3) > 0, "q has shape ", q.sym_sizes(),
                     ", but must have shape [B, H, T, D] with D > 0");
@@ -42,17 +46,19 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const 
   check_like("k", k, "q", q);
   check_same_shape("v", v, "k", k);
   check_like("v", v, "q", q);
-  check_same_shape("q_tangent", q_tangent, "q", q);
-  check_like("q_tangent", q_tangent, "q", q);
-  check_same_shape("k_tangent", k_tangent, "k", k);
-  check_like("k_tangent", k_tangent, "q", q);
-  check_same_shape("v_tangent", v_tangent, "k", k);
-  check_like("v_tangent", v_tangent, "q", q);
+  const auto probes = check_tangent("q_tangent", q_tangent, "q", q);
+  for (const auto& [argument, tangent] : {std::pair("k_tangent", k_tangent), std::pair("v_tangent", v_tangent)}) {
+    const std::string meaning = probes ? "q_tangent's probes and k's shape " : "k's shape ";
+    check_shape(argument, tangent, with_probes(probes, k.sym_sizes()), meaning);
+    check_like(argument, tangent, "q", q);
+  }
   TORCH_CHECK_VALUE(!scale || std::isfinite(*scale), "scale is ", *scale, ", but must be finite");
+  return probes;
 }
 
-// Uninitialised, without gaps, its first three dimensions in the order in which `model` has them in memory.
-at::Tensor empty_in_order_of(const at::Tensor& model) {
+// Uninitialised, without gaps, the first three dimensions in the order in which `model` has them in memory; probes, if
+// any, are outermost.
+at::Tensor empty_in_order_of(const at::Tensor& model, const std::optional<c10::SymInt>& probes) {
   std::array<int64_t, 3> outermost_first = {0, 1, 2};
   std::stable_sort(outermost_first.begin(), outermost_first.end(),
                    [&](int64_t i, int64_t j) { return model.sym_stride(i) > model.sym_stride(j); });
@@ -62,15 +68,16 @@ at::Tensor empty_in_order_of(const at::Tensor& model) {
     strides[outermost_first[i]] = stride;
     stride = stride * model.sym_size(outermost_first[i]);
   }
-  return at::empty_strided_symint(model.sym_sizes(), strides, model.options());
+  if (probes) strides.insert(strides.begin(), stride);
+  return at::empty_strided_symint(with_probes(probes, model.sym_sizes()), strides, model.options());
 }
 
 // Returns o, o's tangent and log-sum-exp, not yet written.
 Result prepare(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& q_tangent,
                const at::Tensor& k_tangent, const at::Tensor& v_tangent, std::optional<double> scale, bool causal) {
-  check(q, k, v, q_tangent, k_tangent, v_tangent, scale, causal);
+  const auto probes = check(q, k, v, q_tangent, k_tangent, v_tangent, scale, causal);
   const at::ScalarType real = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return {empty_in_order_of(q), empty_in_order_of(q),
+  return {empty_in_order_of(q, std::nullopt), empty_in_order_of(q, probes),
           at::empty_symint({q.sym_size(0), q.sym_size(1), q.sym_size(2)}, q.options().dtype(real))};
 }
 
@@ -82,11 +89,12 @@ Result on_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, con
               const at::Tensor& k_tangent, const at::Tensor& v_tangent, std::optional<double> scale, bool causal) {
   const Result result = prepare(q, k, v, q_tangent, k_tangent, v_tangent, scale, causal);
   const auto& [output, output_tangent, log_sum_exp] = result;
-  const auto in_rows = [](const at::Tensor& tensor) { return tensor.stride(3) == 1 ? tensor : tensor.contiguous(); };
+  const auto in_rows = [](const at::Tensor& tensor) { return tensor.stride(-1) == 1 ? tensor : tensor.contiguous(); };
+  const auto in_probes = [](const at::Tensor& tensor) { return tensor.dim() == 5 ? tensor : tensor.unsqueeze(0); };
   if (output.numel() > 0) {
-    cpu::flash_attention_jvp(in_rows(q), in_rows(k), in_rows(v), in_rows(q_tangent), in_rows(k_tangent),
-                             in_rows(v_tangent), scale_or_default(scale, q), causal, output, output_tangent,
-                             log_sum_exp);
+    cpu::flash_attention_jvp(in_rows(q), in_rows(k), in_rows(v), in_probes(in_rows(q_tangent)),
+                             in_probes(in_rows(k_tangent)), in_probes(in_rows(v_tangent)), scale_or_default(scale, q),
+                             causal, output, in_probes(output_tangent), log_sum_exp);
   }
   return result;
 }
@@ -94,8 +102,8 @@ Result on_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, con
 #if defined(SPARSECOD_CUDA)
 // The tensor itself if its rows start at multiples of 16 bytes, else a copy.
 at::Tensor aligned(const at::Tensor& tensor) {
-  bool fits = tensor.stride(3) == 1 && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
-  for (int i = 0; i < 3; ++i) {
+  bool fits = tensor.stride(-1) == 1 && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  for (int i = 0; i < tensor.dim() - 1; ++i) {
     fits &= tensor.size(i) == 1 || tensor.stride(i) * tensor.element_size() % 16 == 0;
   }
   return fits ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
@@ -114,12 +122,16 @@ Result on_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, co
                                              aligned(q_tangent), aligned(k_tangent), aligned(v_tangent),
                                              output,             output_tangent};
   std::array<int64_t, 3 * tensors.size()> strides;
-  for (size_t i = 0; i < strides.size(); ++i) strides[i] = tensors[i / 3].stride(i % 3);
+  for (size_t i = 0; i < strides.size(); ++i) strides[i] = tensors[i / 3].stride(i % 3 - 4);
+  const bool probed = output_tangent.dim() == 5;
+  std::array<int64_t, 4> probe_strides{};
+  for (size_t i = 0; i < 4; ++i) probe_strides[i] = probed ? tensors[i < 3 ? 3 + i : 7].stride(0) : 0;
   const auto input = [&](int i) { return tensors[i].const_data_ptr(); };
   C10_CUDA_CHECK(sparsecod_flash_attention_jvp(
       input(0), input(1), input(2), input(3), input(4), input(5), output.mutable_data_ptr(),
       output_tangent.mutable_data_ptr(), log_sum_exp.mutable_data_ptr<float>(), dtype_of(q), q.size(0), q.size(1),
-      k.size(1), q.size(2), k.size(2), head_dim, strides.data(), static_cast<float>(scale_or_default(scale, q)), causal,
+      k.size(1), q.size(2), k.size(2), head_dim, strides.data(), probed ? output_tangent.size(0) : 1, probe_strides.data(),
+      static_cast<float>(scale_or_default(scale, q)), causal,
       c10::cuda::getCurrentCUDAStream()));
   return result;
 }

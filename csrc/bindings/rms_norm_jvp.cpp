@@ -23,8 +23,7 @@ using Result = std::tuple<at::Tensor, at::Tensor>;
 Result prepare(const at::Tensor& x, const at::Tensor& x_tangent, const at::Tensor& weight, double eps) {
   check_floating("x", x);
   TORCH_CHECK_VALUE(x.dim() > 0, "x has shape [], but must have shape [..., D]");
-  check_same_shape("x_tangent", x_tangent, "x", x);
-  check_like("x_tangent", x_tangent, "x", x);
+  check_tangent("x_tangent", x_tangent, "x", x);
   const c10::SymInt width = x.sym_size(-1);
   TORCH_CHECK_VALUE(weight.dim() == 1 && weight.sym_size(0) == width, "weight has shape ", weight.sym_sizes(),
                     ", but must have shape [", width, "], x's last dimension");
@@ -33,7 +32,7 @@ Result prepare(const at::Tensor& x, const at::Tensor& x_tangent, const at::Tenso
   TORCH_CHECK_VALUE(weight.device() == x.device(), "weight is on ", weight.device(), ", but must be on x's device ",
                     x.device());
   TORCH_CHECK_VALUE(eps >= 0, "eps is ", eps, ", but must be at least 0");
-  return {at::empty_symint(x.sym_sizes(), x.options()), at::empty_symint(x.sym_sizes(), x.options())};
+  return {at::empty_symint(x.sym_sizes(), x.options()), at::empty_symint(x_tangent.sym_sizes(), x.options())};
 }
 
 Result on_cpu(const at::Tensor& x, const at::Tensor& x_tangent, const at::Tensor& weight, double eps) {
@@ -54,8 +53,8 @@ Result on_cuda(const at::Tensor& x, const at::Tensor& x_tangent, const at::Tenso
     C10_CUDA_CHECK(sparsecod_rms_norm_jvp(rows.const_data_ptr(), tangent_rows.const_data_ptr(),
                                           weight_row.const_data_ptr(), y.mutable_data_ptr(),
                                           y_tangent.mutable_data_ptr(), dtype_of(y), dtype_of(weight),
-                                          y.numel() / width, width, static_cast<float>(eps),
-                                          c10::cuda::getCurrentCUDAStream()));
+                                          y.numel() / width, width, y_tangent.numel() / y.numel(),
+                                          static_cast<float>(eps), c10::cuda::getCurrentCUDAStream()));
   }
   return {y, y_tangent};
 }

@@ -24,11 +24,11 @@ Result prepare(const at::Tensor& gate_up, const at::Tensor& gate_up_tangent) {
   check_floating("gate_up", gate_up);
   TORCH_CHECK_VALUE(gate_up.dim() > 0 && gate_up.sym_size(-1) % 2 == 0, "gate_up has shape ", gate_up.sym_sizes(),
                     ", but must have shape [..., 2 F]");
-  check_same_shape("gate_up_tangent", gate_up_tangent, "gate_up", gate_up);
-  check_like("gate_up_tangent", gate_up_tangent, "gate_up", gate_up);
+  const auto probes = check_tangent("gate_up_tangent", gate_up_tangent, "gate_up", gate_up);
   c10::SymDimVector shape(gate_up.sym_sizes());
   shape.back() = shape.back() / 2;
-  return {at::empty_symint(shape, gate_up.options()), at::empty_symint(shape, gate_up.options())};
+  return {at::empty_symint(shape, gate_up.options()),
+          at::empty_symint(with_probes(probes, shape), gate_up.options())};
 }
 
 Result on_cpu(const at::Tensor& gate_up, const at::Tensor& gate_up_tangent) {
@@ -48,7 +48,8 @@ Result on_cuda(const at::Tensor& gate_up, const at::Tensor& gate_up_tangent) {
     const int64_t width = output.size(-1);
     C10_CUDA_CHECK(sparsecod_swiglu_jvp(input.const_data_ptr(), input_tangent.const_data_ptr(),
                                         output.mutable_data_ptr(), output_tangent.mutable_data_ptr(), dtype_of(output),
-                                        output.numel() / width, width, c10::cuda::getCurrentCUDAStream()));
+                                        output.numel() / width, width,
+                                        output_tangent.numel() / output.numel(), c10::cuda::getCurrentCUDAStream()));
   }
   return {output, output_tangent};
 }

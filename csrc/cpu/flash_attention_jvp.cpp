@@ -305,7 +305,7 @@ Attend<T> best_attend() {
 
 }  // namespace
 
-void flash_attention_jvp(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& q_tangent,
+void attend_one(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& q_tangent,
                          const at::Tensor& k_tangent, const at::Tensor& v_tangent, double scale, bool causal,
                          const at::Tensor& output, const at::Tensor& output_tangent, const at::Tensor& log_sum_exp) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "flash_attention_jvp", [&] {
@@ -339,6 +339,15 @@ void flash_attention_jvp(const at::Tensor& q, const at::Tensor& k, const at::Ten
       }
     });
   });
+}
+
+void flash_attention_jvp(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& q_tangent,
+                         const at::Tensor& k_tangent, const at::Tensor& v_tangent, double scale, bool causal,
+                         const at::Tensor& output, const at::Tensor& output_tangent, const at::Tensor& log_sum_exp) {
+  for (int64_t probe = 0; probe < q_tangent.size(0); ++probe) {
+    attend_one(q, k, v, q_tangent[probe], k_tangent[probe], v_tangent[probe], scale, causal, output,
+               output_tangent[probe], log_sum_exp);
+  }
 }
 
 }  // namespace sparsecod::cpu

@@ -16,11 +16,13 @@ at::Tensor residual_add_moments(const at::Tensor& branch, const at::Tensor& resi
 void add_column_powers(const at::Tensor& branch, const at::Tensor& residual, const std::optional<at::Tensor>& bias,
                        const at::Tensor& columns);
 
-// gate_up and gate_up_tangent [..., 2 F] -> output and output_tangent [..., F], all contiguous and not empty.
+// gate_up [..., 2 F] and gate_up_tangent, as large or a multiple (probes) -> output [..., F] and output_tangent, all
+// contiguous and not empty.
 void swiglu_jvp(const at::Tensor& gate_up, const at::Tensor& gate_up_tangent, const at::Tensor& output,
                 const at::Tensor& output_tangent);
 
-// x, x_tangent, y and y_tangent [..., D], weight [D] of x's dtype or float32, all contiguous and not empty.
+// x and y [..., D], x_tangent and y_tangent as large or a multiple (probes), weight [D] of x's dtype or float32, all
+// contiguous and not empty.
 void rms_norm_jvp(const at::Tensor& x, const at::Tensor& x_tangent, const at::Tensor& weight, double eps,
                   const at::Tensor& y, const at::Tensor& y_tangent);
 
@@ -36,9 +38,9 @@ void attention_stats(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
                      at::ArrayRef<double> thresholds, bool causal, const at::Tensor& entropy,
                      const at::Tensor& counts);
 
-// q [B, H, T, D], k and v [B, H_kv, S, D] and their tangents -> output and output_tangent like q, and log_sum_exp
-// [B, H, T], contiguous, float64 for float64 and float32 else. None is empty; the last dimension is contiguous, but for
-// that strides are arbitrary.
+// q [B, H, T, D], k and v [B, H_kv, S, D] and their tangents, with probes [P, ...] in front -> output like q,
+// output_tangent like q_tangent, and log_sum_exp [B, H, T], contiguous, float64 for float64 and float32 else. None is
+// empty; the last dimension is contiguous, but for that strides are arbitrary.
 void flash_attention_jvp(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& q_tangent,
                          const at::Tensor& k_tangent, const at::Tensor& v_tangent, double scale, bool causal,
                          const at::Tensor& output, const at::Tensor& output_tangent, const at::Tensor& log_sum_exp);

@@ -1,4 +1,5 @@
-// y = w r x, with r = (mean x^2 + eps)^(-1/2), and its tangent, row by row: one sweep for the sums, one for results.
+// y = w r x, with r = (mean x^2 + eps)^(-1/2), and its tangents, row by row: for each tangent one sweep for the sums and
+// one for results, while the row is in cache.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -23,11 +24,15 @@ struct Rows {
   const T *x, *x_tangent;
   const W* weight;
   T *y, *y_tangent;
-  int64_t width;
+  int64_t width, probes, probe_stride;
   double eps;
 
-  SPARSECOD_INLINE Rows from(int64_t row) const {
-    return {x + row * width, x_tangent + row * width, weight, y + row * width, y_tangent + row * width, width, eps};
+  SPARSECOD_INLINE Rows from(int64_t row) const { return moved(row * width, row * width); }
+  SPARSECOD_INLINE Rows of_probe(int64_t probe) const { return moved(0, probe * probe_stride); }
+
+ private:
+  SPARSECOD_INLINE Rows moved(int64_t primal, int64_t tangent) const {
+    return {x + primal, x_tangent + tangent, weight, y + primal, y_tangent + tangent, width, probes, probe_stride, eps};
   }
 };
 
@@ -61,16 +66,22 @@ struct RmsNormRows {
   static SPARSECOD_INLINE void run(const Rows<T, W>& rows, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
       const Rows<T, W> row = rows.from(i);
-      RmsNormSums<double> sums;
-      int64_t rest = add_sums<N>(sums, row, 0);
-      if (rest < row.width) add_sums<1>(sums, row, rest);
-      const Dual<double> scale = rms_norm_scale<double>(sums, row.width, row.eps);
-      rest = write<N>(scale, row, 0);
-      if (rest < row.width) write<1>(scale, row, rest);
+      norm_row<N, true>(row);
+      for (int64_t probe = 1; probe < row.probes; ++probe) norm_row<N, false>(row.of_probe(probe));
     }
   }
 
  private:
+  template <int N, bool WRITES_PRIMAL>
+  static SPARSECOD_INLINE void norm_row(const Rows<T, W>& row) {
+    RmsNormSums<double> sums;
+    int64_t rest = add_sums<N>(sums, row, 0);
+    if (rest < row.width) add_sums<1>(sums, row, rest);
+    const Dual<double> scale = rms_norm_scale<double>(sums, row.width, row.eps);
+    rest = write<N, WRITES_PRIMAL>(scale, row, 0);
+    if (rest < row.width) write<1, WRITES_PRIMAL>(scale, row, rest);
+  }
+
   // Few left-over columns cost little in float64, and a row that has no others keeps its digits.
   template <int N>
   static SPARSECOD_INLINE int64_t add_sums(RmsNormSums<double>& sums, const Rows<T, W>& row, int64_t column) {
@@ -96,7 +107,7 @@ struct RmsNormRows {
     return column;
   }
 
-  template <int N>
+  template <int N, bool WRITES_PRIMAL>
   static SPARSECOD_INLINE int64_t write(Dual<double> row_scale, const Rows<T, W>& row, int64_t column) {
     using Block = Columns<T, N>;
     using Real = typename Block::Real;
@@ -112,7 +123,7 @@ struct RmsNormRows {
         y.packs[i] = normed.value;
         y_tangent.packs[i] = normed.tangent;
       }
-      y.store(row.y + column);
+      if constexpr (WRITES_PRIMAL) y.store(row.y + column);
       y_tangent.store(row.y_tangent + column);
     }
     return column;
@@ -123,9 +134,15 @@ template <typename T, typename W>
 void rms_norm_rows(const at::Tensor& x, const at::Tensor& x_tangent, const at::Tensor& weight, double eps,
                    const at::Tensor& y, const at::Tensor& y_tangent) {
   static const auto rms_norm_rows = best_instruction_set<RmsNormRows<T, W>, const Rows<T, W>&, int64_t>();
-  const Rows<T, W> rows = {x.const_data_ptr<T>(),      x_tangent.const_data_ptr<T>(),
-                           weight.const_data_ptr<W>(), y.mutable_data_ptr<T>(),
-                           y_tangent.mutable_data_ptr<T>(), weight.numel(), eps};
+  const Rows<T, W> rows = {x.const_data_ptr<T>(),
+                           x_tangent.const_data_ptr<T>(),
+                           weight.const_data_ptr<W>(),
+                           y.mutable_data_ptr<T>(),
+                           y_tangent.mutable_data_ptr<T>(),
+                           weight.numel(),
+                           x_tangent.numel() / x.numel(),
+                           x.numel(),
+                           eps};
   at::parallel_for(0, x.numel() / rows.width, at::divup(ELEMENTS_PER_THREAD, rows.width),
                    [&](int64_t begin, int64_t end) { rms_norm_rows(rows.from(begin), end - begin); });
 }

@@ -1,4 +1,4 @@
-// y = silu(gate) * up and its tangent, row by row.
+// y = silu(gate) * up and its tangents, row by row.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -17,11 +17,16 @@ template <typename T>
 struct Rows {
   const T *gate_up, *gate_up_tangent;
   T *output, *output_tangent;
-  int64_t width;
+  int64_t width, probes, probe_stride;  // of outputs
 
   SPARSECOD_INLINE Rows from(int64_t row) const {
-    return {gate_up + 2 * row * width, gate_up_tangent + 2 * row * width, output + row * width,
-            output_tangent + row * width, width};
+    return {gate_up + 2 * row * width,
+            gate_up_tangent + 2 * row * width,
+            output + row * width,
+            output_tangent + row * width,
+            width,
+            probes,
+            probe_stride};
   }
 };
 
@@ -44,21 +49,25 @@ struct SwigluRows {
     using Real = typename Block::Real;
     using V = Lanes<Real, N>;
     for (; column + Block::COUNT <= row.width; column += Block::COUNT) {
-      Block gate, gate_tangent, up, up_tangent;
+      Block gate, up, output;
       gate.load(row.gate_up + column);
-      gate_tangent.load(row.gate_up_tangent + column);
       up.load(row.gate_up + row.width + column);
-      up_tangent.load(row.gate_up_tangent + row.width + column);
-      Block output, output_tangent;
-      for (int i = 0; i < Block::PACKS; ++i) {
-        const Dual<V> a = {gate.packs[i], gate_tangent.packs[i]}, b = {up.packs[i], up_tangent.packs[i]};
-        const V sigmoid = 1 / (1 + exponential<Real, N>(-a.value));
-        const Dual<V> product = silu(a, sigmoid) * b;
-        output.packs[i] = product.value;
-        output_tangent.packs[i] = product.tangent;
+      V sigmoid[Block::PACKS];
+      for (int i = 0; i < Block::PACKS; ++i) sigmoid[i] = 1 / (1 + exponential<Real, N>(-gate.packs[i]));
+      for (int64_t probe = 0; probe < row.probes; ++probe) {
+        const T* const tangent = row.gate_up_tangent + 2 * probe * row.probe_stride + column;
+        Block gate_tangent, up_tangent, output_tangent;
+        gate_tangent.load(tangent);
+        up_tangent.load(tangent + row.width);
+        for (int i = 0; i < Block::PACKS; ++i) {
+          const Dual<V> a = {gate.packs[i], gate_tangent.packs[i]}, b = {up.packs[i], up_tangent.packs[i]};
+          const Dual<V> product = silu(a, sigmoid[i]) * b;
+          output.packs[i] = product.value;
+          output_tangent.packs[i] = product.tangent;
+        }
+        output_tangent.store(row.output_tangent + probe * row.probe_stride + column);
       }
       output.store(row.output + column);
-      output_tangent.store(row.output_tangent + column);
     }
     return column;
   }
@@ -73,7 +82,7 @@ void swiglu_jvp(const at::Tensor& gate_up, const at::Tensor& gate_up_tangent, co
     static const auto swiglu_rows = best_instruction_set<SwigluRows<scalar_t>, const Rows<scalar_t>&, int64_t>();
     const Rows<scalar_t> rows = {gate_up.const_data_ptr<scalar_t>(), gate_up_tangent.const_data_ptr<scalar_t>(),
                                  output.mutable_data_ptr<scalar_t>(), output_tangent.mutable_data_ptr<scalar_t>(),
-                                 width};
+                                 width, output_tangent.numel() / output.numel(), output.numel()};
     at::parallel_for(0, count, at::divup(ELEMENTS_PER_THREAD, width),
                      [&](int64_t begin, int64_t end) { swiglu_rows(rows.from(begin), end - begin); });
   });

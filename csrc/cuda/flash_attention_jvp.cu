@@ -21,6 +21,15 @@ cudaError_t launch_mma(const AttentionProblem& problem, cudaStream_t stream) {
   return launch_flash_attention_jvp_mma<T, 256>(problem, stream);
 }
 
+cudaError_t launch(Dtype dtype, const AttentionProblem& problem, cudaStream_t stream) {
+  switch (dtype) {
+    case Dtype::FLOAT32: return launch_flash_attention_jvp_float32(problem, stream);
+    case Dtype::BFLOAT16: return launch_mma<__nv_bfloat16>(problem, stream);
+    case Dtype::FLOAT16: return launch_mma<__half>(problem, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
 }  // namespace
 }  // namespace sparsecod::cuda
 
@@ -28,8 +37,9 @@ cudaError_t sparsecod_flash_attention_jvp(const void* q, const void* k, const vo
                                           const void* k_tangent, const void* v_tangent, void* output,
                                           void* output_tangent, float* log_sum_exp, sparsecod::cuda::Dtype dtype,
                                           int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries,
-                                          int64_t keys, int64_t head_dim, const int64_t* strides, float scale,
-                                          bool causal, cudaStream_t stream) {
+                                          int64_t keys, int64_t head_dim, const int64_t* strides, int64_t probes,
+                                          const int64_t* probe_strides, float scale, bool causal,
+                                          cudaStream_t stream) {
   using namespace sparsecod::cuda;
   if (head_dim % 8 != 0 || head_dim < 32 || head_dim > 256 || heads % kv_heads != 0) return cudaErrorInvalidValue;
   if (batch > MAX_ROWS || heads > MAX_ROWS || queries > MAX_ROWS || keys > MAX_ROWS) return cudaErrorInvalidValue;
@@ -49,10 +59,15 @@ cudaError_t sparsecod_flash_attention_jvp(const void* q, const void* k, const vo
   problem.head_dim = static_cast<int>(head_dim);
   problem.scale = scale;
   problem.causal = causal;
-  switch (dtype) {
-    case Dtype::FLOAT32: return launch_flash_attention_jvp_float32(problem, stream);
-    case Dtype::BFLOAT16: return launch_mma<__nv_bfloat16>(problem, stream);
-    case Dtype::FLOAT16: return launch_mma<__half>(problem, stream);
+  // Not yet fused: the primal is computed, and written, for every probe.
+  for (int64_t probe = 0; probe < probes; ++probe) {
+    SPARSECOD_RETURN_IF_ERROR(launch(dtype, problem, stream));
+    AttentionTensor* const tangents[] = {&problem.q_tangent, &problem.k_tangent, &problem.v_tangent,
+                                         &problem.output_tangent};
+    const int64_t element_bytes = dtype == Dtype::FLOAT32 ? 4 : 2;
+    for (int i = 0; i < 4; ++i) {
+      tangents[i]->data = static_cast<char*>(tangents[i]->data) + probe_strides[i] * element_bytes;
+    }
   }
-  return cudaErrorInvalidValue;
+  return cudaSuccess;
 }

@@ -193,14 +193,19 @@ cudaError_t launch(Arguments<T, W> given, int64_t width, cudaStream_t stream) {
 
 cudaError_t sparsecod_rms_norm_jvp(const void* x, const void* x_tangent, const void* weight, void* y, void* y_tangent,
                                    sparsecod::cuda::Dtype dtype, sparsecod::cuda::Dtype weight_dtype, int64_t rows,
-                                   int64_t width, float eps, cudaStream_t stream) {
+                                   int64_t width, int64_t probes, float eps, cudaStream_t stream) {
   using namespace sparsecod::cuda;
   return SPARSECOD_DISPATCH_DTYPE(dtype, T, [&] {
     const auto with_weight = [&](auto* typed_weight) {
       using W = std::remove_const_t<std::remove_pointer_t<decltype(typed_weight)>>;
-      return launch<T, W>({static_cast<const T*>(x), static_cast<const T*>(x_tangent), typed_weight,
-                           static_cast<T*>(y), static_cast<T*>(y_tangent), rows, 0, eps},
-                          width, stream);
+      Arguments<T, W> given = {static_cast<const T*>(x), static_cast<const T*>(x_tangent), typed_weight,
+                               static_cast<T*>(y), static_cast<T*>(y_tangent), rows, 0, eps};
+      for (int64_t probe = 0; probe < probes; ++probe) {  // not yet fused: y is written as often as y'
+        SPARSECOD_RETURN_IF_ERROR((launch<T, W>(given, width, stream)));
+        given.x_tangent += rows * width;
+        given.y_tangent += rows * width;
+      }
+      return cudaSuccess;
     };
     return weight_dtype == dtype ? with_weight(static_cast<const T*>(weight))
                                  : with_weight(static_cast<const float*>(weight));

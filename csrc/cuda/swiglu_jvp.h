@@ -6,7 +6,8 @@
 
 #include "dtype.h"
 
-// gate_up and gate_up_tangent [rows, 2 width] -> output and output_tangent [rows, width], all contiguous.
+// gate_up [rows, 2 width] and gate_up_tangent [probes, rows, 2 width] -> output [rows, width] and output_tangent
+// [probes, rows, width], all contiguous.
 extern "C" cudaError_t sparsecod_swiglu_jvp(const void* gate_up, const void* gate_up_tangent, void* output,
                                             void* output_tangent, sparsecod::cuda::Dtype dtype, int64_t rows,
-                                            int64_t width, cudaStream_t stream);
+                                            int64_t width, int64_t probes, cudaStream_t stream);

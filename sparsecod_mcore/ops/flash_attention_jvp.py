@@ -3,7 +3,7 @@
 The kernels are csrc/cpu/flash_attention_jvp.cpp and csrc/cuda/flash_attention_jvp*, the maths of all
 csrc/common/softmax.h. They extend FlashAttention-2 (Dao, 2023, arXiv:2307.08691) to dual numbers.
 
-Axes: B batch, H query heads, T queries, S keys, D head dimension.
+Axes: P probes, B batch, H query heads, T queries, S keys, D head dimension.
 """
 
 import torch
@@ -41,14 +41,15 @@ def flash_attention_jvp(
         k: [B, H_kv, S, D], of q's dtype and device. H is a multiple of H_kv: query head h uses key head
             h // (H / H_kv).
         v: k's shape, q's dtype and device.
-        q_tangent: tangent of q, of its shape, dtype and device.
-        k_tangent: tangent of k, likewise.
+        q_tangent: tangent of q, of its shape, dtype and device; or [P, B, H, T, D], the tangents of P probes of the one
+            q, for which scores and weights are computed once on CPU (CUDA's kernels run once per probe).
+        k_tangent: tangent of k, likewise; all three have probes, or none has.
         v_tangent: tangent of v, likewise.
         scale: factor of the scores; None for 1 / sqrt(D).
         causal: whether query i sees keys j <= i + (S - T) only, so that the last query sees all; needs S >= T.
 
     Returns:
-        o and its tangent, like q, their first three dimensions in the order in which q has them in memory; and the
+        o, like q, and its tangent, like q_tangent, B, H and T in the order in which q has them in memory; and the
         natural logarithm of sum_j exp(s_j), [B, H, T], contiguous, float32 (float64 for float64).
 
     Raises:
@@ -70,9 +71,9 @@ def flash_attention_jvp_reference(
     """`flash_attention_jvp` in plain PyTorch, for any device and head dimension; holds all T x S scores at once."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
-    q_BHTD, q_tangent_BHTD = q.to(dtype), q_tangent.to(dtype)
+    q_BHTD, q_tangent_BHTD = q.to(dtype), q_tangent.to(dtype)  # here and below, tangents may have probes in front
     k_BHSD, v_BHSD, k_tangent_BHSD, v_tangent_BHSD = (
-        x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v, k_tangent, v_tangent)
+        x.to(dtype).repeat_interleave(group, dim=-3) for x in (k, v, k_tangent, v_tangent)
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores_BHTS = scale * (q_BHTD @ k_BHSD.mT)

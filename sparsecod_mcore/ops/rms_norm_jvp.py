@@ -19,12 +19,12 @@ def rms_norm_jvp(x: Tensor, x_tangent: Tensor, weight: Tensor, eps: float) -> tu
 
     Args:
         x: [..., D], float32, bfloat16, float16, or on CPU float64; of any strides.
-        x_tangent: the shape, dtype and device of `x`.
+        x_tangent: the shape, dtype and device of `x`; or [P, ..., D], the tangents of P probes of the one `x`.
         weight: w, [D], of the dtype of `x` or float32, on the device of `x`.
         eps: at least 0.
 
     Returns:
-        y and its tangent, [..., D], contiguous, of the dtype of `x`.
+        y, of the shape of `x`, and its tangent, of that of `x_tangent`; contiguous, of the dtype of `x`.
 
     Raises:
         ValueError: names the argument that does not fit, what was given and what is accepted.

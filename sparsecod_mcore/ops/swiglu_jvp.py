@@ -19,10 +19,11 @@ def swiglu_jvp(gate_up: Tensor, gate_up_tangent: Tensor) -> tuple[Tensor, Tensor
 
     Args:
         gate_up: [..., 2 F], float32, bfloat16, float16, or on CPU float64; of any strides.
-        gate_up_tangent: the shape, dtype and device of `gate_up`.
+        gate_up_tangent: the shape, dtype and device of `gate_up`; or [P, ..., 2 F], the tangents of P probes of the
+            one `gate_up`.
 
     Returns:
-        y and its tangent, [..., F], contiguous, of the dtype of `gate_up`.
+        y, [..., F], and its tangent, [..., F] or [P, ..., F]; contiguous, of the dtype of `gate_up`.
 
     Raises:
         ValueError: names the argument that does not fit, what was given and what is accepted.

@@ -23,7 +23,7 @@ from sparsecod_mcore.ops import (
 from tests.cuda_emulator import operators
 from tests.cuda_emulator.build import HERE, REPOSITORY, build
 from tests.cuda_emulator.emulator import Emulator, LaunchError, garbage
-from tests.ops import attention_cases, test_probe_moments, test_rms_norm_jvp
+from tests.ops import attention_cases, test_probe_moments
 
 
 def row_sums(emulator: Emulator) -> None:
@@ -40,11 +40,9 @@ def reverse_in_warps(emulator: Emulator) -> None:
 
 def swiglu_jvp(emulator: Emulator) -> None:
     for width in (5, 8):  # element by element, and in packs
-        gate_up, gate_up_tangent = torch.randn(2, 3, 2 * width)
-        outputs = [garbage([3, width], torch.float32) for _ in range(2)]
-        arguments = [gate_up, gate_up_tangent, *outputs, torch.float32, 3, width]
-        results = emulator.launch("sparsecod_swiglu_jvp", arguments, outputs)
-        for result, expected in zip(results, swiglu_jvp_reference(gate_up, gate_up_tangent), strict=True):
+        gate_up, gate_up_tangent = torch.randn(3, 2 * width), torch.randn(2, 3, 2 * width)
+        found = operators.swiglu_jvp(gate_up, gate_up_tangent, by=emulator)
+        for result, expected in zip(found, swiglu_jvp_reference(gate_up, gate_up_tangent), strict=True):
             torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -66,7 +64,7 @@ def rms_norm_jvp(emulator: Emulator) -> None:
     for rows, width in ((9, 24), (5, 1120), (3, 59)):  # rows for some lanes, for a block, and read twice
         x, x_tangent = torch.randn(2, rows, width)
         weight = torch.randn(width)
-        found = test_rms_norm_jvp.emulated(x, x_tangent, weight, 1e-5, by=emulator)
+        found = operators.rms_norm_jvp(x, x_tangent, weight, 1e-5, by=emulator)
         for result, expected in zip(found, rms_norm_jvp_reference(x, x_tangent, weight, 1e-5), strict=True):
             torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 

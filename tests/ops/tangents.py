@@ -88,6 +88,19 @@ def assert_at_most_twice_the_error(
     )
 
 
+def assert_probes_are_single_tangents(operator: Callable[..., Sequence[Tensor]], probes: Sequence[Tensor]) -> None:
+    """Call an operator, given its primals, with tangents [P, ...] and with each of them alone: to the same bits.
+
+    It returns the primal's result, the tangents', and perhaps more of the primal.
+    """
+    primal, tangents, *others = operator(*probes)
+    assert len(tangents) == len(probes[0])
+    for i, tangent in enumerate(tangents):
+        single = operator(*(each[i] for each in probes))
+        for x, y in zip((primal, tangent, *others), single, strict=True):
+            assert torch.equal(x, y), f"probe {i}"
+
+
 def on_thread_counts(
     call: Callable[[], Sequence[Tensor]], counts: Sequence[int] = (1, 2, 3, 1)
 ) -> Iterator[Sequence[Tensor]]:

@@ -7,11 +7,11 @@ whose weights are rounded for the tensor cores, cannot be.
 """
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import cache
 
 import pytest
 import torch
@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsecod_mcore.ops import flash_attention_jvp, flash_attention_jvp_reference
-from tests.cuda_emulator.emulator import Emulator, LaunchError, garbage
+from tests.cuda_emulator import operators as emulated
+from tests.cuda_emulator.emulator import LaunchError
+from tests.ops import tangents
 
 OPERATOR = torch.ops.sparsecod.flash_attention_jvp.default
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,7 +65,14 @@ def composite(tensors: list[Tensor], causal: bool = True, scale: float | None = 
 
 
 def exact(tensors: list[Tensor], causal: bool = True, scale: float | None = None) -> Results:
-    return composite([x.double() for x in tensors], causal, scale)
+    """Attention in float64; tangents may have probes in front."""
+    primals, tangents = [x.double() for x in tensors[:3]], [x.double() for x in tensors[3:]]
+    if tangents[0].dim() == 4:
+        return composite([*primals, *tangents], causal, scale)
+    outputs, output_tangents, log_sum_exps = zip(
+        *(composite([*primals, *probe], causal, scale) for probe in zip(*tangents, strict=True)), strict=True
+    )
+    return outputs[0], torch.stack(output_tangents), log_sum_exps[0]
 
 
 def errors(found: Results, expected: Results) -> Tensor:
@@ -82,26 +91,6 @@ def assert_accurate(
     error, allowed = errors(found, expected), 2 * errors(model, expected).nan_to_num(torch.inf) + ROUNDING
     worse = [f"{RESULTS[i]}: {error[i]:.1e} > {allowed[i]:.1e}" for i in range(3) if not error[i] <= allowed[i]]
     assert not worse, worse
-
-
-emulator = cache(Emulator)
-
-
-def emulate(
-    tensors: list[Tensor], causal: bool = True, scale: float | None = None, order: tuple[int, ...] = (0, 1, 2, 3)
-) -> Results:
-    """Run the CUDA launcher on tensors whose dimensions lie in memory in this order."""
-    q, k = tensors[:2]
-    inverse = [order.index(i) for i in range(4)]
-    stored = [x.permute(order).contiguous() for x in tensors]
-    results = [garbage([q.shape[i] for i in order], q.dtype) for _ in range(2)]
-    strides = torch.tensor([x.permute(inverse).stride()[:3] for x in (*stored, *results)])
-    results.append(garbage(q.shape[:3], torch.float32))
-    sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3])
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    arguments = [*stored, *results, q.dtype, *sizes, strides, scale, causal]
-    output, output_tangent, log_sum_exp = emulator().launch("sparsecod_flash_attention_jvp", arguments, results)
-    return output.permute(inverse), output_tangent.permute(inverse), log_sum_exp
 
 
 def huge_scores(tensors: list[Tensor]) -> list[Tensor]:
@@ -182,7 +171,7 @@ EMULATED_SHAPES = [
 def test_cuda_error_is_at_most_twice_that_of_the_composite(shape, dtype):
     torch.manual_seed(shape.queries)
     tensors = shape.draw(dtype)
-    assert_accurate(emulate(tensors, shape.causal), tensors, shape.causal)
+    assert_accurate(emulated.flash_attention_jvp(*tensors, causal=shape.causal), tensors, shape.causal)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS[1:], ids=NAMES[1:])
@@ -191,15 +180,15 @@ def test_cuda_on_distributions_that_are_hard(dtype, distribution):
     torch.manual_seed(1)
     shape = Shape(40, 75, 64, heads=2)
     tensors = distribution(shape.draw(dtype))
-    assert_accurate(emulate(tensors, shape.causal), tensors, shape.causal)
+    assert_accurate(emulated.flash_attention_jvp(*tensors, causal=shape.causal), tensors, shape.causal)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cuda_takes_megatrons_layout_as_it_is(dtype):
     torch.manual_seed(2)
     tensors = Shape(35, 35, 32, heads=4, kv_heads=2, batch=2).draw(dtype)
-    expected = emulate(tensors)
-    for x, y in zip(emulate(tensors, order=(2, 0, 1, 3)), expected, strict=True):
+    expected = emulated.flash_attention_jvp(*tensors)
+    for x, y in zip(emulated.flash_attention_jvp(*tensors, order=(2, 0, 1, 3)), expected, strict=True):
         assert torch.equal(x, y)
 
 
@@ -208,20 +197,20 @@ def test_cuda_scales_of_either_sign_and_none(dtype):
     torch.manual_seed(3)
     tensors = Shape(17, 17, 32).draw(dtype)
     for scale in (-0.3, 0.0, 1.0):
-        assert_accurate(emulate(tensors, scale=scale), tensors, scale=scale)
+        assert_accurate(emulated.flash_attention_jvp(*tensors, scale=scale), tensors, scale=scale)
 
 
 def test_cuda_work_is_the_same_in_sections_that_fit_the_cache():
     """So many keys that each head is a section of its own."""
     torch.manual_seed(4)
     tensors = Shape(3, 16_500, 32, heads=2, kv_heads=2).draw(torch.float32)
-    assert_accurate(emulate(tensors), tensors)
+    assert_accurate(emulated.flash_attention_jvp(*tensors), tensors)
 
 
 @pytest.mark.parametrize("head_dim", [24, 36, 264])
 def test_cuda_launcher_refuses_head_sizes_it_has_no_kernel_for(head_dim):
     with pytest.raises(LaunchError, match=r"error 1\)"):
-        emulate(Shape(2, 2, head_dim).draw(torch.bfloat16))
+        emulated.flash_attention_jvp(*Shape(2, 2, head_dim).draw(torch.bfloat16))
 
 
 def test_cpu_scales_of_either_sign_and_none():
@@ -255,6 +244,19 @@ def test_a_later_block_of_queries_sees_earlier_keys_only():
         assert x[:, :, 121:].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64))
+def test_probes_are_one_tangent_after_the_other(dtype):
+    torch.manual_seed(9)
+    primals = Shape(35, 70, 40, heads=4, kv_heads=2).draw(dtype)[:3]
+    # [P, T, B, H, D] in memory, as Megatron's layout gives them
+    probes = [torch.randn(3, *x.permute(2, 0, 1, 3).shape).to(dtype).permute(0, 2, 3, 1, 4) for x in primals]
+    kernels = [flash_attention_jvp] if dtype == torch.float64 else [flash_attention_jvp, emulated.flash_attention_jvp]
+    for kernel in kernels:
+        tangents.assert_probes_are_single_tangents(functools.partial(kernel, *primals), probes)
+    found, expected = flash_attention_jvp_reference(*primals, *probes), exact([*primals, *probes])
+    assert errors(found, expected).max() < 4 * torch.finfo(dtype).eps
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_shape_layout_and_dtype_on_cpu(data):
@@ -266,15 +268,16 @@ def test_any_shape_layout_and_dtype_on_cpu(data):
     head_dim = data.draw(st.integers(1, 70))
     torch.manual_seed(data.draw(st.integers(0, 2**31)))
 
-    def draw_tensor(heads: int, rows: int) -> Tensor:
-        order = data.draw(st.permutations(range(4)))
-        sizes = (batch, heads, rows, head_dim)
-        step = data.draw(st.integers(1, 2))
-        stored = torch.randn(*(sizes[i] for i in order[:3]), sizes[order[3]] * step).to(dtype)[..., ::step]
-        return stored.permute([order.index(i) for i in range(4)])
+    probes = data.draw(st.lists(st.integers(1, 3), max_size=1))
 
-    q, kv = (group * kv_heads, queries), (kv_heads, keys)
-    tensors = [draw_tensor(*sizes) for sizes in (q, kv, kv, q, kv, kv)]
+    def draw_tensor(*sizes: int) -> Tensor:
+        order = data.draw(st.permutations(range(len(sizes))))
+        step = data.draw(st.integers(1, 2))
+        stored = torch.randn(*(sizes[i] for i in order[:-1]), sizes[order[-1]] * step).to(dtype)[..., ::step]
+        return stored.permute([order.index(i) for i in range(len(sizes))])
+
+    q, kv = (batch, group * kv_heads, queries, head_dim), (batch, kv_heads, keys, head_dim)
+    tensors = [draw_tensor(*sizes) for sizes in (q, kv, kv)] + [draw_tensor(*probes, *sizes) for sizes in (q, kv, kv)]
     found, expected = flash_attention_jvp(*tensors, causal=causal), exact(tensors, causal)
     tolerance = {torch.float64: 1e-13, torch.float32: 2e-6}.get(dtype, torch.finfo(dtype).eps)
     for x, y in zip(found, expected, strict=True):
@@ -355,7 +358,15 @@ X = torch.zeros(2, 4, 3, 8)
         ({"v": X[:, :2]}, "v has shape [2, 2, 3, 8], but must have k's shape [2, 4, 3, 8]"),
         ({"v": X.double()}, "v is float64, but must have q's dtype float32"),
         ({"v": X.to("meta")}, "v is on meta, but must be on q's device cpu"),
-        ({"q_tangent": X[:1]}, "q_tangent has shape [1, 4, 3, 8], but must have q's shape [2, 4, 3, 8]"),
+        (
+            {"q_tangent": X[:1]},
+            "q_tangent has shape [1, 4, 3, 8], but must have q's shape [2, 4, 3, 8], or a number of probes before it",
+        ),
+        ({"q_tangent": X.expand(0, 2, 4, 3, 8)}, "q_tangent has 0 probes, but must have at least 1"),
+        (
+            {"q_tangent": X.expand(2, 2, 4, 3, 8)},
+            "k_tangent has shape [2, 4, 3, 8], but must have q_tangent's probes and k's shape [2, 2, 4, 3, 8]",
+        ),
         ({"k_tangent": X[:1]}, "k_tangent has shape [1, 4, 3, 8], but must have k's shape [2, 4, 3, 8]"),
         ({"v_tangent": X.half()}, "v_tangent is float16, but must have q's dtype float32"),
         ({"scale": float("inf")}, "scale is inf, but must be finite"),
@@ -372,8 +383,9 @@ def test_arguments_that_do_not_fit(given, told):
 def test_opcheck(dtype):
     tensors = Shape(5, 7, 16, heads=2).draw(dtype)
     torch.library.opcheck(OPERATOR, (*tensors, None, True))
-    permuted = [torch.randn(5, 2, 2, 16).to(dtype).permute(1, 2, 0, 3) for _ in range(6)]
-    torch.library.opcheck(OPERATOR, (*permuted, 0.5, False))
+    primals = [torch.randn(5, 2, 2, 16).to(dtype).permute(1, 2, 0, 3) for _ in range(3)]
+    probes = [torch.randn(3, 5, 2, 2, 16).to(dtype).permute(0, 2, 3, 1, 4) for _ in range(3)]
+    torch.library.opcheck(OPERATOR, (*primals, *probes, 0.5, False))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

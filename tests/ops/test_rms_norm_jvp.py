@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsecod_mcore.ops import rms_norm_jvp, rms_norm_jvp_reference
-from tests.cuda_emulator.emulator import Emulator, garbage
+from tests.cuda_emulator import operators as emulated
 from tests.ops import tangents
 
 EPS = 1e-5
@@ -72,7 +72,7 @@ def test_the_cuda_kernel_in_the_emulator(dtype, weight_is_float32, rows, width):
     torch.manual_seed(width)
     distribution = tangents.DISTRIBUTIONS[width % 3]
     x, x_tangent, weight, eps = draw(distribution, rows, width, dtype, torch.float32 if weight_is_float32 else dtype)
-    found = emulated(x, x_tangent, weight, eps)
+    found = emulated.rms_norm_jvp(x, x_tangent, weight, eps)
     composite = rms_norm_jvp_reference(x, x_tangent, weight, eps)
     tangents.assert_at_most_twice_the_error([(found, composite, exact(x, x_tangent, weight, eps))], (rows, width))
 
@@ -81,7 +81,7 @@ def test_the_cuda_kernel_in_the_emulator(dtype, weight_is_float32, rows, width):
 def test_rows_too_wide_for_registers_in_the_emulator(dtype, width):
     torch.manual_seed(0)
     inputs = draw(tangents.large_mean, 2, width, dtype, dtype)
-    runs = [(emulated(*inputs), rms_norm_jvp_reference(*inputs), exact(*inputs))]
+    runs = [(emulated.rms_norm_jvp(*inputs), rms_norm_jvp_reference(*inputs), exact(*inputs))]
     tangents.assert_at_most_twice_the_error(runs, width)
 
 
@@ -91,33 +91,39 @@ def test_distributions_in_the_emulator(distribution):
     runs = []
     for width in (96, 1120):
         inputs = draw(distribution, 7, width, torch.float32, torch.float32)
-        runs.append((emulated(*inputs), rms_norm_jvp_reference(*inputs), exact(*inputs)))
+        runs.append((emulated.rms_norm_jvp(*inputs), rms_norm_jvp_reference(*inputs), exact(*inputs)))
     tangents.assert_at_most_twice_the_error(runs, distribution)
-
-
-def emulated(x, x_tangent, weight, eps, by=None):
-    results = [garbage(x.shape, x.dtype), garbage(x.shape, x.dtype)]
-    arguments = [x, x_tangent, weight, *results, x.dtype, weight.dtype, *x.shape, eps]
-    return (by or Emulator()).launch("sparsecod_rms_norm_jvp", arguments, results)
 
 
 @settings(max_examples=80, deadline=None)
 @given(
     shape=st.lists(st.integers(1, 5), max_size=3),
     width=st.integers(1, 90),
+    probes=st.lists(st.integers(1, 3), max_size=1),
     dtype=st.sampled_from(tangents.DTYPES),
     weight_is_float32=st.booleans(),
     layouts=st.tuples(*[st.sampled_from(tangents.LAYOUTS)] * 3),
     seed=st.integers(0, 2**31),
 )
-def test_any_shape_layout_and_dtype(shape, width, dtype, weight_is_float32, layouts, seed):
+def test_any_shape_layout_and_dtype(shape, width, probes, dtype, weight_is_float32, layouts, seed):
     torch.manual_seed(seed)
-    x, x_tangent = (tangents.strided([*shape, width], layout, dtype) for layout in layouts[:2])
+    x = tangents.strided([*shape, width], layouts[0], dtype)
+    x_tangent = tangents.strided([*probes, *shape, width], layouts[1], dtype)
     weight = tangents.strided([width], layouts[2], torch.float32 if weight_is_float32 else dtype)
     found = rms_norm_jvp(x, x_tangent, weight, 0.1)
-    for result, expected in zip(found, exact(x, x_tangent, weight, 0.1).results, strict=True):
-        assert result.is_contiguous() and result.dtype == dtype and result.shape == x.shape
+    for result, model, expected in zip(found, (x, x_tangent), exact(x, x_tangent, weight, 0.1).results, strict=True):
+        assert result.is_contiguous() and result.dtype == dtype and result.shape == model.shape
         torch.testing.assert_close(result, expected.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", tangents.CUDA_DTYPES)
+@pytest.mark.parametrize("operator", [rms_norm_jvp, rms_norm_jvp_reference, emulated.rms_norm_jvp])
+def test_probes_are_one_tangent_after_the_other(operator, dtype):
+    torch.manual_seed(0)
+    x, weight, eps = torch.randn(9, 104).to(dtype), torch.randn(104), EPS
+    tangents.assert_probes_are_single_tangents(
+        lambda x_tangent: operator(x, x_tangent, weight, eps), [torch.randn(3, *x.shape).to(dtype)]
+    )
 
 
 @pytest.mark.parametrize("operator", [rms_norm_jvp, rms_norm_jvp_reference])
@@ -185,8 +191,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
 def test_opcheck(dtype):
     operator = torch.ops.sparsecod.rms_norm_jvp.default
     torch.library.opcheck(operator, (*torch.randn(2, 2, 3, 10).to(dtype), torch.randn(10), EPS))
-    transposed = torch.randn(2, 10, 3).to(dtype).transpose(1, 2)
-    torch.library.opcheck(operator, (*transposed, torch.randn(20).to(dtype)[::2], EPS))
+    transposed, probes = torch.randn(10, 3).to(dtype).mT, torch.randn(2, 10, 3).to(dtype).mT
+    torch.library.opcheck(operator, (transposed, probes, torch.randn(20).to(dtype)[::2], EPS))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -214,7 +220,11 @@ def test_backward_raises():
     [
         ({"x": X.int()}, "x is int32, but must be float32, bfloat16, float16 or float64"),
         ({"x": X[0, 0]}, "x has shape [], but must have shape [..., D]"),
-        ({"x_tangent": X[:2]}, "x_tangent has shape [2, 8], but must have x's shape [3, 8]"),
+        (
+            {"x_tangent": X[:2]},
+            "x_tangent has shape [2, 8], but must have x's shape [3, 8], or a number of probes before it",
+        ),
+        ({"x_tangent": X.expand(0, 3, 8)}, "x_tangent has 0 probes, but must have at least 1"),
         ({"x_tangent": X.half()}, "x_tangent is float16, but must have x's dtype float32"),
         ({"x_tangent": X.to("meta")}, "x_tangent is on meta, but must be on x's device cpu"),
         ({"weight": X}, "weight has shape [3, 8], but must have shape [8], x's last dimension"),

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsecod_mcore.ops import swiglu_jvp, swiglu_jvp_reference
-from tests.cuda_emulator.emulator import Emulator, garbage
+from tests.cuda_emulator import operators as emulated
 from tests.ops import tangents
 
 X = torch.zeros(3, 8)
@@ -54,8 +54,7 @@ def test_error_is_at_most_twice_that_of_the_composite(distribution, dtype, width
 def test_the_cuda_kernel_in_the_emulator(distribution, dtype, rows, width):
     torch.manual_seed(width)
     gate_up, tangent = draw(distribution, rows, width, dtype)
-    results = [garbage((rows, width), dtype), garbage((rows, width), dtype)]
-    found = Emulator().launch("sparsecod_swiglu_jvp", [gate_up, tangent, *results, dtype, rows, width], results)
+    found = emulated.swiglu_jvp(gate_up, tangent)
     composite = swiglu_jvp_reference(gate_up, tangent)
     tangents.assert_at_most_twice_the_error([(found, composite, exact(gate_up, tangent))], (rows, width))
 
@@ -64,17 +63,29 @@ def test_the_cuda_kernel_in_the_emulator(distribution, dtype, rows, width):
 @given(
     shape=st.lists(st.integers(1, 5), max_size=3),
     width=st.integers(1, 90),
+    probes=st.lists(st.integers(1, 3), max_size=1),
     dtype=st.sampled_from(tangents.DTYPES),
     layouts=st.tuples(st.sampled_from(tangents.LAYOUTS), st.sampled_from(tangents.LAYOUTS)),
     seed=st.integers(0, 2**31),
 )
-def test_any_shape_layout_and_dtype(shape, width, dtype, layouts, seed):
+def test_any_shape_layout_and_dtype(shape, width, probes, dtype, layouts, seed):
     torch.manual_seed(seed)
-    inputs = [tangents.strided([*shape, 2 * width], layout, dtype) for layout in layouts]
+    shapes = [[*shape, 2 * width], [*probes, *shape, 2 * width]]
+    inputs = [tangents.strided(*each, dtype) for each in zip(shapes, layouts, strict=True)]
     found = swiglu_jvp(*inputs)
-    for result, expected in zip(found, exact(*inputs).results, strict=True):
-        assert result.is_contiguous() and result.dtype == dtype and result.shape == (*shape, width)
+    for result, like, expected in zip(found, inputs, exact(*inputs).results, strict=True):
+        assert result.is_contiguous() and result.dtype == dtype and result.shape == (*like.shape[:-1], width)
         torch.testing.assert_close(result, expected.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", tangents.CUDA_DTYPES)
+@pytest.mark.parametrize("operator", [swiglu_jvp, swiglu_jvp_reference, emulated.swiglu_jvp])
+def test_probes_are_one_tangent_after_the_other(operator, dtype):
+    torch.manual_seed(0)
+    gate_up = torch.randn(9, 2 * 52).to(dtype)
+    tangents.assert_probes_are_single_tangents(
+        lambda tangent: operator(gate_up, tangent), [torch.randn(3, *gate_up.shape).to(dtype)]
+    )
 
 
 @pytest.mark.parametrize("operator", [swiglu_jvp, swiglu_jvp_reference])
@@ -121,7 +132,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
 def test_opcheck(dtype):
     operator = torch.ops.sparsecod.swiglu_jvp.default
     torch.library.opcheck(operator, tuple(torch.randn(2, 2, 3, 10).to(dtype)))
-    torch.library.opcheck(operator, tuple(torch.randn(2, 10, 3).to(dtype).transpose(1, 2)))
+    torch.library.opcheck(operator, (torch.randn(10, 3).to(dtype).mT, torch.randn(2, 10, 3).to(dtype).mT))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -151,7 +162,11 @@ def test_backward_raises():
         ({"gate_up": X.int()}, "gate_up is int32, but must be float32, bfloat16, float16 or float64"),
         ({"gate_up": X[0, 0]}, "gate_up has shape [], but must have shape [..., 2 F]"),
         ({"gate_up": X[:, :7]}, "gate_up has shape [3, 7], but must have shape [..., 2 F]"),
-        ({"gate_up_tangent": X[:2]}, "gate_up_tangent has shape [2, 8], but must have gate_up's shape [3, 8]"),
+        (
+            {"gate_up_tangent": X[:2]},
+            "gate_up_tangent has shape [2, 8], but must have gate_up's shape [3, 8], or a number of probes before it",
+        ),
+        ({"gate_up_tangent": X.expand(0, 3, 8)}, "gate_up_tangent has 0 probes, but must have at least 1"),
         ({"gate_up_tangent": X.half()}, "gate_up_tangent is float16, but must have gate_up's dtype float32"),
         ({"gate_up_tangent": X.to("meta")}, "gate_up_tangent is on meta, but must be on gate_up's device cpu"),
     ],
