@@ -59,23 +59,10 @@ SPARSECOD_HOST_DEVICE V exponential(V x) {
 
 template <typename V>
 struct SoftmaxRow {
-  V max;           // of the scores so far
-  V sum;           // of p
-  V tangent_sum;   // of p s'
-  V mean_tangent;  // c
+  V max;  // of the scores so far
+  V sum;  // of p
 
-  // What becomes of what was accumulated.
-  struct Change {
-    V factor, shift;
-
-    SPARSECOD_HOST_DEVICE Dual<V> operator()(Dual<V> accumulated) const {
-      return {factor * accumulated.value, factor * accumulated.tangent + shift * accumulated.value};
-    }
-  };
-
-  static SPARSECOD_HOST_DEVICE SoftmaxRow empty() {
-    return {V{} - std::numeric_limits<float>::infinity(), V{}, V{}, V{}};
-  }
+  static SPARSECOD_HOST_DEVICE SoftmaxRow empty() { return {V{} - std::numeric_limits<float>::infinity(), V{}}; }
 
   // First the largest score of the next keys is taken in, which their weights need. Returns the factor by which earlier
   // weights shrink.
@@ -88,28 +75,41 @@ struct SoftmaxRow {
   // p.
   SPARSECOD_HOST_DEVICE V weigh(V score) const { return exponential<V>(score - max); }
 
-  // Then the sums of their p and p s' are.
-  SPARSECOD_HOST_DEVICE Change add(V factor, Dual<V> sums) {
-    sum = sum * factor + sums.value;
-    tangent_sum = tangent_sum * factor + sums.tangent;
-    const V before = mean_tangent;
-    mean_tangent = tangent_sum / sum;
-    return {factor, factor * (before - mean_tangent)};
-  }
+  // Then the sum of their p is.
+  SPARSECOD_HOST_DEVICE void add(V factor, V weights) { sum = sum * factor + weights; }
 
-  // p (s' - c).
-  SPARSECOD_HOST_DEVICE V weigh_tangent(V weight, V score_tangent) const {
-    return weight * (score_tangent - mean_tangent);
-  }
-
-  // o and o', given what was accumulated.
-  SPARSECOD_HOST_DEVICE Dual<V> output(Dual<V> accumulated) const {
-    const V inverse = 1 / sum;
-    return {accumulated.value * inverse, accumulated.tangent * inverse};
-  }
+  // o or o', given what was accumulated.
+  SPARSECOD_HOST_DEVICE V output(V accumulated) const { return accumulated * (1 / sum); }
 
   // ln sum exp(s).
   SPARSECOD_HOST_DEVICE V log_sum_exp() const { return max + std::log(sum); }
+};
+
+// One of the tangents of a row: each has a c of its own.
+template <typename V>
+struct SoftmaxTangent {
+  V sum;   // of p s'
+  V mean;  // c
+
+  // What becomes of what was accumulated.
+  struct Change {
+    V factor, shift;
+
+    SPARSECOD_HOST_DEVICE Dual<V> operator()(Dual<V> accumulated) const {
+      return {factor * accumulated.value, factor * accumulated.tangent + shift * accumulated.value};
+    }
+  };
+
+  // Takes in the sum of p s' of the next keys, after `row` has their p.
+  SPARSECOD_HOST_DEVICE Change add(const SoftmaxRow<V>& row, V factor, V weighted_tangents) {
+    sum = sum * factor + weighted_tangents;
+    const V before = mean;
+    mean = sum / row.sum;
+    return {factor, factor * (before - mean)};
+  }
+
+  // p (s' - c).
+  SPARSECOD_HOST_DEVICE V weigh(V weight, V score_tangent) const { return weight * (score_tangent - mean); }
 };
 
 }  // namespace sparsecod

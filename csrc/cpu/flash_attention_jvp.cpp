@@ -1,40 +1,42 @@
-// Attention and its tangent, a block of queries at a time over tiles of keys. Lanes are queries where scores are
-// weighed, and columns where outputs are summed, so that no step needs sums across lanes or transposed keys.
+// Attention and its tangents, a block of queries at a time over tiles of keys. Lanes are queries where scores are
+// weighed, and columns where outputs are summed, so that no step needs sums across lanes or transposed keys. Scores and
+// weights of a tile are computed once for the tangents of all probes.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 
 #include <algorithm>
 #include <memory>
 #include <new>
-#include <string>
 
 #include "../common/softmax.h"
-#include "lanes.h"
+#include "instruction_set.h"
 #include "operators.h"
+#include "small_product.h"
 
 namespace sparsecod::cpu {
 namespace {
 
-constexpr int64_t QUERIES = 96, KEYS = 48;  // of a block and of a tile; scratch for a head of 128 takes 300 KB
-constexpr int64_t MAX_DEPTH = 64;                 // products added up in one chain, before the sum joins others
+constexpr int64_t QUERIES = 64, KEYS = 48;  // of a block and of a tile, whose scores stay in the first cache
+constexpr int64_t MAX_COLUMNS = 32;         // of products, on any instruction set; QUERIES are a multiple
 constexpr int64_t PRODUCTS_PER_THREAD = 1 << 18;  // fewer are not worth waking one
 
-// A tensor [batch, head, row, column], contiguous in the last dimension. Strides are in elements.
+// A tensor [batch, head, row, column], perhaps with probes in front, contiguous in the last dimension. Strides are in
+// elements.
 template <typename T>
 struct Rows {
   T* data;
-  int64_t batch_stride, head_stride, row_stride;
+  int64_t probe_stride, batch_stride, head_stride, row_stride;
 
   explicit Rows(const at::Tensor& tensor)
       : data(static_cast<T*>(tensor.data_ptr())),
-        batch_stride(tensor.stride(0)),
-        head_stride(tensor.stride(1)),
-        row_stride(tensor.stride(2)) {}
+        probe_stride(tensor.dim() == 5 ? tensor.stride(0) : 0),
+        batch_stride(tensor.stride(-4)),
+        head_stride(tensor.stride(-3)),
+        row_stride(tensor.stride(-2)) {}
 
-  SPARSECOD_INLINE T* row(int64_t batch, int64_t head, int64_t row) const {
-    return data + batch * batch_stride + head * head_stride + row * row_stride;
+  SPARSECOD_INLINE T* row(int64_t batch, int64_t head, int64_t row, int64_t probe = 0) const {
+    return data + probe * probe_stride + batch * batch_stride + head * head_stride + row * row_stride;
   }
 };
 
@@ -43,9 +45,15 @@ struct Problem {
   using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
   Rows<T> q, k, v, q_tangent, k_tangent, v_tangent, output, output_tangent;
   Real* log_sum_exp;
-  int64_t heads, group, queries, keys, head_dim;  // group: heads that share keys and values
+  int64_t probes, heads, group, queries, keys, head_dim;  // group: heads that share keys and values
   Real scale;
   bool causal;
+
+  // How many queries from `first_query` on do not see a key.
+  SPARSECOD_INLINE int64_t blind(int64_t key, int64_t first_query) const {
+    if (!causal) return 0;
+    return std::clamp<int64_t>(key - (keys - queries) - first_query, 0, QUERIES);
+  }
 };
 
 // Cache-aligned arrays of one thread.
@@ -53,11 +61,15 @@ template <typename Real>
 class Scratch {
  public:
   // Columns of outputs and values are padded to `pitch` with zeros, queries to QUERIES.
-  Scratch(int64_t head_dim, int64_t pitch) : pitch(pitch) {
-    Real** const arrays[] = {&q, &q_tangent, &k, &k_tangent, &v, &v_tangent, &score, &score_tangent, &output,
-                             &output_tangent};
-    const int64_t sizes[] = {QUERIES * head_dim, QUERIES * head_dim, KEYS * head_dim, KEYS * head_dim, KEYS * pitch,
-                             KEYS * pitch,       KEYS * QUERIES,     KEYS * QUERIES,  QUERIES * pitch, QUERIES * pitch};
+  Scratch(int64_t head_dim, int64_t pitch, int64_t probes)
+      : pitch(pitch), q_size(head_dim * QUERIES), output_size(QUERIES * pitch) {
+    Real** const arrays[] = {&q,     &q_tangent,     &k,           &k_tangent,    &v,      &v_tangent,
+                             &score, &score_tangent, &tangent_sum, &tangent_mean, &factor, &shift,
+                             &output, &output_tangent};
+    const int64_t sizes[] = {q_size,         probes * q_size, KEYS * head_dim,  KEYS * head_dim,  KEYS * pitch, KEYS * pitch,
+                             KEYS * QUERIES, KEYS * QUERIES,  probes * QUERIES, probes * QUERIES, QUERIES,      QUERIES,
+                             output_size,    probes * output_size};
+    static_assert(std::size(arrays) == std::size(sizes));
     constexpr int64_t LINE = 64 / sizeof(Real);
     int64_t total = LINE;
     for (int64_t size : sizes) total += (size + LINE - 1) / LINE * LINE;
@@ -66,79 +78,111 @@ class Scratch {
     for (size_t i = 0; i < std::size(arrays); next += (sizes[i++] + LINE - 1) / LINE * LINE) *arrays[i] = next;
   }
 
-  Real *q, *q_tangent;            // [D, QUERIES]
-  Real *k, *k_tangent;            // [KEYS, D]
-  Real *v, *v_tangent;            // [KEYS, pitch]
-  Real *score, *score_tangent;    // [KEYS, QUERIES]; then weights
-  Real *output, *output_tangent;  // [QUERIES, pitch]
-  const int64_t pitch;
+  Real *q, *q_tangent;                // [D, QUERIES], [P, D, QUERIES]
+  Real *k, *k_tangent;                // [KEYS, D], the latter of one probe
+  Real *v, *v_tangent;                // [KEYS, pitch], likewise
+  Real *score, *score_tangent;        // [KEYS, QUERIES], likewise; then weights
+  Real *tangent_sum, *tangent_mean;   // [P, QUERIES]: SoftmaxTangent
+  Real *factor, *shift;               // [QUERIES]: SoftmaxTangent::Change
+  Real *output, *output_tangent;      // [QUERIES, pitch], [P, QUERIES, pitch]
+  const int64_t pitch, q_size, output_size;
 
  private:
   std::unique_ptr<Real[]> memory_;
 };
 
-// Compiled for elements of type T and N lanes.
-template <typename T, int N>
-struct Kernel {
+// A block of queries of one head.
+template <typename T>
+struct AttendBlock {
   using Real = typename Problem<T>::Real;
-  using V = Lanes<Real, N>;
-  static constexpr int64_t COLUMNS = 2 * N;  // of a product at a time, by 6 rows: as many sums as registers hold
-  static_assert(QUERIES % COLUMNS == 0);
 
-  static SPARSECOD_INLINE V load(const Real* from) {
-    V pack;
-    std::memcpy(&pack, from, sizeof(pack));
-    return pack;
-  }
-  static SPARSECOD_INLINE void store(Real* to, V pack) { std::memcpy(to, &pack, sizeof(pack)); }
-
-  // A [rows, depth], of any strides.
-  struct Left {
-    const Real* data;
-    int64_t row_stride, step;
-
-    SPARSECOD_INLINE Left from(int64_t row, int64_t column) const {
-      return {data + row * row_stride + column * step, row_stride, step};
+  template <int LANES>
+  static SPARSECOD_INLINE void run(const Problem<T>& problem, int64_t batch, int64_t head, int64_t first_query,
+                                   Scratch<Real>& scratch) {
+    constexpr int N = std::is_same_v<T, double> ? 1 : LANES;
+    using V = Lanes<Real, N>;
+    using Product = SmallProduct<Real, N>;
+    static_assert(MAX_COLUMNS % Product::COLUMNS == 0 && QUERIES % MAX_COLUMNS == 0);
+    const int64_t kv_head = head / problem.group, width = problem.head_dim, pitch = scratch.pitch;
+    const int64_t queries = std::min(QUERIES, problem.queries - first_query);
+    const int64_t seen = problem.causal ? first_query + queries + problem.keys - problem.queries : problem.keys;
+    copy_transposed(scratch.q, problem.q.row(batch, head, first_query), problem.q.row_stride, queries, width);
+    for (int64_t probe = 0; probe < problem.probes; ++probe) {
+      copy_transposed(scratch.q_tangent + probe * scratch.q_size,
+                      problem.q_tangent.row(batch, head, first_query, probe), problem.q_tangent.row_stride, queries,
+                      width);
     }
-  };
+    std::fill_n(scratch.output, scratch.output_size, Real{0});
+    std::fill_n(scratch.output_tangent, problem.probes * scratch.output_size, Real{0});
+    std::fill_n(scratch.tangent_sum, problem.probes * QUERIES, Real{0});
+    std::fill_n(scratch.tangent_mean, problem.probes * QUERIES, Real{0});
+    SoftmaxRow<V> softmax[QUERIES / N];
+    for (SoftmaxRow<V>& row : softmax) row = SoftmaxRow<V>::empty();
 
-  template <int ROWS>
-  static SPARSECOD_INLINE void add_product_of_rows(Real* c, int64_t c_pitch, Left a, const Real* b, int64_t b_pitch,
-                                                   int64_t depth) {
-    V sums[ROWS][2]{};
-    for (int64_t i = 0; i < depth; ++i) {
-      const V left = load(b + i * b_pitch), right = load(b + i * b_pitch + N);
-      for (int row = 0; row < ROWS; ++row) {
-        const V factor = V{} + a.data[row * a.row_stride + i * a.step];
-        sums[row][0] += factor * left;
-        sums[row][1] += factor * right;
+    for (int64_t first_key = 0; first_key < seen; first_key += KEYS) {
+      const int64_t keys = std::min(KEYS, seen - first_key);
+      copy_rows(scratch.k, width, problem.k.row(batch, kv_head, first_key), problem.k.row_stride, keys, width);
+      copy_rows(scratch.v, pitch, problem.v.row(batch, kv_head, first_key), problem.v.row_stride, keys, width);
+      // Queries before `begin` see none of these keys.
+      const int64_t begin = problem.blind(first_key, first_query) / Product::COLUMNS * Product::COLUMNS;
+      const int64_t count = QUERIES - begin, rows = queries - begin;
+      const Factors<Real> scores_of_keys = {scratch.k, width, 1, scratch.q + begin, QUERIES};
+      Product::add(scratch.score + begin, QUERIES, {scores_of_keys}, keys, count, width, true);
+      scale<N>(problem, scratch.score, begin, first_query, first_key, keys, -std::numeric_limits<Real>::infinity());
+      for (int64_t query = begin; query < QUERIES; query += N) {
+        Product::store(scratch.factor + query, weigh(softmax[query / N], scratch.score + query, keys));
       }
-    }
-    for (int row = 0; row < ROWS; ++row) {
-      Real* to = c + row * c_pitch;
-      store(to, load(to) + sums[row][0]);
-      store(to + N, load(to + N) + sums[row][1]);
-    }
-  }
 
-  // C [rows, columns] += A [rows, depth] B [depth, columns]; columns are a multiple of COLUMNS.
-  static SPARSECOD_INLINE void add_product(Real* c, int64_t c_pitch, Left a, const Real* b, int64_t b_pitch,
-                                           int64_t rows, int64_t columns, int64_t depth) {
-    for (int64_t first = 0; first < depth; first += MAX_DEPTH) {
-      const int64_t deep = std::min(MAX_DEPTH, depth - first);
-      for (int64_t column = 0; column < columns; column += COLUMNS) {
-        const Real* const right = b + first * b_pitch + column;
-        int64_t row = 0;
-        for (; row + 6 <= rows; row += 6) {
-          add_product_of_rows<6>(c + row * c_pitch + column, c_pitch, a.from(row, first), right, b_pitch, deep);
+      const Factors<Real> weighted_values = {scratch.score + begin, 1, QUERIES, scratch.v, pitch};
+      for (int64_t probe = 0; probe < problem.probes; ++probe) {
+        copy_rows(scratch.k_tangent, width, problem.k_tangent.row(batch, kv_head, first_key, probe),
+                  problem.k_tangent.row_stride, keys, width);
+        copy_rows(scratch.v_tangent, pitch, problem.v_tangent.row(batch, kv_head, first_key, probe),
+                  problem.v_tangent.row_stride, keys, width);
+        Factors<Real> of_query_tangents = scores_of_keys, of_key_tangents = scores_of_keys;
+        of_query_tangents.right = scratch.q_tangent + probe * scratch.q_size + begin;
+        of_key_tangents.left = scratch.k_tangent;
+        Product::add(scratch.score_tangent + begin, QUERIES, {of_query_tangents, of_key_tangents}, keys, count, width,
+                     true);
+        scale<N>(problem, scratch.score_tangent, begin, first_query, first_key, keys, Real{0});
+        for (int64_t query = begin; query < QUERIES; query += N) {
+          const int64_t at = probe * QUERIES + query;
+          SoftmaxTangent<V> tangent = {Product::load(scratch.tangent_sum + at), Product::load(scratch.tangent_mean + at)};
+          const V factor = Product::load(scratch.factor + query);
+          const V shift = weigh_tangent(tangent, softmax[query / N], factor, scratch.score + query,
+                                        scratch.score_tangent + query, keys);
+          Product::store(scratch.shift + query, shift);
+          Product::store(scratch.tangent_sum + at, tangent.sum);
+          Product::store(scratch.tangent_mean + at, tangent.mean);
         }
-        for (; row < rows; ++row) {
-          add_product_of_rows<1>(c + row * c_pitch + column, c_pitch, a.from(row, first), right, b_pitch, deep);
+        Real* const output_tangent = scratch.output_tangent + probe * scratch.output_size;
+        for (int64_t query = begin; query < queries; ++query) {
+          const V factor = V{} + scratch.factor[query], shift = V{} + scratch.shift[query];
+          for (int64_t at = query * pitch; at < (query + 1) * pitch; at += N) {
+            const typename SoftmaxTangent<V>::Change change = {factor, shift};
+            const Dual<V> sums = {Product::load(scratch.output + at), Product::load(output_tangent + at)};
+            Product::store(output_tangent + at, change(sums).tangent);
+          }
+        }
+        Factors<Real> of_weight_tangents = weighted_values, of_value_tangents = weighted_values;
+        of_weight_tangents.left = scratch.score_tangent + begin;
+        of_value_tangents.right = scratch.v_tangent;
+        Product::add(output_tangent + begin * pitch, pitch, {of_weight_tangents, of_value_tangents}, rows, pitch, keys,
+                     false);
+      }
+
+      for (int64_t query = begin; query < queries; ++query) {
+        const V factor = V{} + scratch.factor[query];
+        for (int64_t at = query * pitch; at < (query + 1) * pitch; at += N) {
+          Product::store(scratch.output + at, factor * Product::load(scratch.output + at));
         }
       }
+      Product::add(scratch.output + begin * pitch, pitch, {weighted_values}, rows, pitch, keys, false);
     }
+    write(problem, batch, head, first_query, queries, softmax, scratch);
   }
 
+ private:
   static SPARSECOD_INLINE void copy_rows(Real* to, int64_t pitch, const T* from, int64_t row_stride, int64_t rows,
                                          int64_t width) {
     for (int64_t row = 0; row < rows; ++row) {
@@ -154,164 +198,85 @@ struct Kernel {
     }
   }
 
-  // Turns scores of N queries into weights, and returns what becomes of what was accumulated.
-  static SPARSECOD_INLINE typename SoftmaxRow<V>::Change weigh(SoftmaxRow<V>& row, Real* score, Real* score_tangent,
-                                                               int64_t keys) {
-    V largest = load(score);
-    for (int64_t key = 1; key < keys; ++key) largest = larger(load(score + key * QUERIES), largest);
+  // Scales the scores of queries from `begin` on; those of keys that a query does not see become `hidden`.
+  template <int N>
+  static SPARSECOD_INLINE void scale(const Problem<T>& problem, Real* scores, int64_t begin, int64_t first_query,
+                                     int64_t first_key, int64_t keys, Real hidden) {
+    using Product = SmallProduct<Real, N>;
+    for (int64_t key = 0; key < keys; ++key, scores += QUERIES) {
+      for (int64_t i = begin; i < QUERIES; i += N) Product::store(scores + i, Product::load(scores + i) * problem.scale);
+      std::fill_n(scores + begin, problem.blind(first_key + key, first_query) - begin, hidden);
+    }
+  }
+
+  // Turns scores of N queries into weights, and returns the factor by which earlier ones shrink.
+  template <typename V>
+  static SPARSECOD_INLINE V weigh(SoftmaxRow<V>& row, Real* score, int64_t keys) {
+    using Product = SmallProduct<Real, sizeof(V) / sizeof(Real)>;
+    V largest = Product::load(score);
+    for (int64_t key = 1; key < keys; ++key) largest = larger(Product::load(score + key * QUERIES), largest);
     const V factor = row.raise(largest);
-    Dual<V> sums{};
+    V sum{};
     for (int64_t at = 0; at < keys * QUERIES; at += QUERIES) {
-      const V weight = row.weigh(load(score + at));
-      store(score + at, weight);
-      sums = sums + Dual<V>{weight, weight * load(score_tangent + at)};
+      const V weight = row.weigh(Product::load(score + at));
+      Product::store(score + at, weight);
+      sum += weight;
     }
-    const auto change = row.add(factor, sums);
-    for (int64_t at = 0; at < keys * QUERIES; at += QUERIES) {
-      store(score_tangent + at, row.weigh_tangent(load(score + at), load(score_tangent + at)));
-    }
-    return change;
+    row.add(factor, sum);
+    return factor;
   }
 
-  // The first query of a block that sees a key.
-  static SPARSECOD_INLINE int64_t first_seeing(const Problem<T>& problem, int64_t key, int64_t first_query) {
-    if (!problem.causal) return 0;
-    return std::clamp<int64_t>(key - (problem.keys - problem.queries) - first_query, 0, QUERIES);
+  // Turns tangents of scores of N queries into tangents of weights, and returns by how much what was accumulated shifts.
+  template <typename V>
+  static SPARSECOD_INLINE V weigh_tangent(SoftmaxTangent<V>& tangent, const SoftmaxRow<V>& row, V factor,
+                                          const Real* weight, Real* score_tangent, int64_t keys) {
+    using Product = SmallProduct<Real, sizeof(V) / sizeof(Real)>;
+    V sum{};
+    for (int64_t at = 0; at < keys * QUERIES; at += QUERIES) {
+      sum += Product::load(weight + at) * Product::load(score_tangent + at);
+    }
+    const auto change = tangent.add(row, factor, sum);
+    for (int64_t at = 0; at < keys * QUERIES; at += QUERIES) {
+      Product::store(score_tangent + at, tangent.weigh(Product::load(weight + at), Product::load(score_tangent + at)));
+    }
+    return change.shift;
   }
 
-  static SPARSECOD_INLINE void run(const Problem<T>& problem, int64_t batch, int64_t head, int64_t first_query,
-                                   Scratch<Real>& scratch) {
-    const int64_t kv_head = head / problem.group, width = problem.head_dim, pitch = scratch.pitch;
-    const int64_t queries = std::min(QUERIES, problem.queries - first_query);
-    const int64_t seen = problem.causal ? first_query + queries + problem.keys - problem.queries : problem.keys;
-    copy_transposed(scratch.q, problem.q.row(batch, head, first_query), problem.q.row_stride, queries, width);
-    copy_transposed(scratch.q_tangent, problem.q_tangent.row(batch, head, first_query), problem.q_tangent.row_stride,
-                    queries, width);
-    std::fill(scratch.output, scratch.output + QUERIES * pitch, Real{0});
-    std::fill(scratch.output_tangent, scratch.output_tangent + QUERIES * pitch, Real{0});
-    SoftmaxRow<V> softmax[QUERIES / N];
-    for (SoftmaxRow<V>& row : softmax) row = SoftmaxRow<V>::empty();
+  static SPARSECOD_INLINE void write_row(T* to, const SoftmaxRow<Real>& row, const Real* sums, int64_t width) {
+    for (int64_t i = 0; i < width; ++i) to[i] = static_cast<T>(row.output(sums[i]));
+  }
 
-    for (int64_t first_key = 0; first_key < seen; first_key += KEYS) {
-      const int64_t keys = std::min(KEYS, seen - first_key);
-      copy_rows(scratch.k, width, problem.k.row(batch, kv_head, first_key), problem.k.row_stride, keys, width);
-      copy_rows(scratch.k_tangent, width, problem.k_tangent.row(batch, kv_head, first_key),
-                problem.k_tangent.row_stride, keys, width);
-      copy_rows(scratch.v, pitch, problem.v.row(batch, kv_head, first_key), problem.v.row_stride, keys, width);
-      copy_rows(scratch.v_tangent, pitch, problem.v_tangent.row(batch, kv_head, first_key),
-                problem.v_tangent.row_stride, keys, width);
-
-      const int64_t begin = first_seeing(problem, first_key, first_query) / COLUMNS * COLUMNS, count = QUERIES - begin;
-      Real *const score = scratch.score + begin, *const score_tangent = scratch.score_tangent + begin;
-      std::fill(scratch.score, scratch.score + keys * QUERIES, Real{0});
-      std::fill(scratch.score_tangent, scratch.score_tangent + keys * QUERIES, Real{0});
-      const Left k = {scratch.k, width, 1}, k_tangent = {scratch.k_tangent, width, 1};
-      add_product(score, QUERIES, k, scratch.q + begin, QUERIES, keys, count, width);
-      add_product(score_tangent, QUERIES, k, scratch.q_tangent + begin, QUERIES, keys, count, width);
-      add_product(score_tangent, QUERIES, k_tangent, scratch.q + begin, QUERIES, keys, count, width);
-      for (int64_t i = 0; i < keys * QUERIES; ++i) {
-        scratch.score[i] *= problem.scale;
-        scratch.score_tangent[i] *= problem.scale;
-      }
-      for (int64_t key = 0; key < keys; ++key) {
-        const int64_t unseen = first_seeing(problem, first_key + key, first_query) - begin;
-        std::fill(score + key * QUERIES, score + key * QUERIES + unseen, -std::numeric_limits<Real>::infinity());
-        std::fill(score_tangent + key * QUERIES, score_tangent + key * QUERIES + unseen, Real{0});
-      }
-
-      for (int64_t query = begin; query < QUERIES; query += N) {
-        const auto change = weigh(softmax[query / N], scratch.score + query, scratch.score_tangent + query, keys);
-        Real factor[N], shift[N];
-        store(factor, change.factor);
-        store(shift, change.shift);
-        for (int64_t i = 0; i < N; ++i) {
-          const typename SoftmaxRow<Real>::Change change_row = {factor[i], shift[i]};
-          for (int64_t at = (query + i) * pitch; at < (query + i + 1) * pitch; ++at) {
-            const Dual<Real> changed = change_row({scratch.output[at], scratch.output_tangent[at]});
-            scratch.output[at] = changed.value;
-            scratch.output_tangent[at] = changed.tangent;
-          }
-        }
-      }
-
-      const Left weight = {score, 1, QUERIES}, weight_tangent = {score_tangent, 1, QUERIES};
-      const int64_t rows = queries - begin;
-      Real* const output = scratch.output + begin * pitch;
-      Real* const output_tangent = scratch.output_tangent + begin * pitch;
-      add_product(output, pitch, weight, scratch.v, pitch, rows, pitch, keys);
-      add_product(output_tangent, pitch, weight_tangent, scratch.v, pitch, rows, pitch, keys);
-      add_product(output_tangent, pitch, weight, scratch.v_tangent, pitch, rows, pitch, keys);
-    }
-
+  template <typename V>
+  static SPARSECOD_INLINE void write(const Problem<T>& problem, int64_t batch, int64_t head, int64_t first_query,
+                                     int64_t queries, const SoftmaxRow<V>* softmax, const Scratch<Real>& scratch) {
+    constexpr int64_t N = sizeof(V) / sizeof(Real);
     for (int64_t query = 0; query < queries; ++query) {
-      const SoftmaxRow<V>& lanes = softmax[query / N];
       Real max[N], sum[N];
-      store(max, lanes.max);
-      store(sum, lanes.sum);
-      const SoftmaxRow<Real> row = {max[query % N], sum[query % N], 0, 0};
-      T* const to = problem.output.row(batch, head, first_query + query);
-      T* const tangent_to = problem.output_tangent.row(batch, head, first_query + query);
-      for (int64_t i = 0; i < width; ++i) {
-        const int64_t at = query * pitch + i;
-        const Dual<Real> normalised = row.output({scratch.output[at], scratch.output_tangent[at]});
-        to[i] = static_cast<T>(normalised.value);
-        tangent_to[i] = static_cast<T>(normalised.tangent);
+      std::memcpy(max, &softmax[query / N].max, sizeof(max));
+      std::memcpy(sum, &softmax[query / N].sum, sizeof(sum));
+      const SoftmaxRow<Real> row = {max[query % N], sum[query % N]};
+      const Real* const sums = scratch.output + query * scratch.pitch;
+      const Real* const tangent_sums = scratch.output_tangent + query * scratch.pitch;
+      write_row(problem.output.row(batch, head, first_query + query), row, sums, problem.head_dim);
+      for (int64_t probe = 0; probe < problem.probes; ++probe) {
+        write_row(problem.output_tangent.row(batch, head, first_query + query, probe), row,
+                  tangent_sums + probe * scratch.output_size, problem.head_dim);
       }
       problem.log_sum_exp[(batch * problem.heads + head) * problem.queries + first_query + query] = row.log_sum_exp();
     }
   }
 };
 
-// Compiled once per instruction set. PyTorch's own choice (ATEN_CPU_CAPABILITY) says which one runs.
-template <typename T>
-using Attend = void (*)(const Problem<T>& problem, int64_t batch, int64_t head, int64_t first_query,
-                        Scratch<typename Problem<T>::Real>& scratch);
-
-constexpr int64_t MAX_COLUMNS = 32;  // of any instruction set
-
-template <typename T, int LANES>
-constexpr int lanes_of = std::is_same_v<T, double> ? 1 : LANES;
-
-template <typename T>
-void attend_baseline(const Problem<T>& problem, int64_t batch, int64_t head, int64_t first_query,
-                     Scratch<typename Problem<T>::Real>& scratch) {
-  Kernel<T, lanes_of<T, 4>>::run(problem, batch, head, first_query, scratch);
-}
-
-#if defined(__x86_64__)
-template <typename T>
-__attribute__((target("avx2,fma"))) void attend_avx2(const Problem<T>& problem, int64_t batch, int64_t head,
-                                                     int64_t first_query, Scratch<typename Problem<T>::Real>& scratch) {
-  Kernel<T, lanes_of<T, 8>>::run(problem, batch, head, first_query, scratch);
-}
-
-template <typename T>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void attend_avx512(
-    const Problem<T>& problem, int64_t batch, int64_t head, int64_t first_query,
-    Scratch<typename Problem<T>::Real>& scratch) {
-  Kernel<T, lanes_of<T, 16>>::run(problem, batch, head, first_query, scratch);
-}
-#endif
-
-template <typename T>
-Attend<T> best_attend() {
-#if defined(__x86_64__)
-  const std::string capability = at::get_cpu_capability();
-  if (capability == "AVX512") return attend_avx512<T>;
-  if (capability == "AVX2") return attend_avx2<T>;
-#endif
-  return attend_baseline<T>;
-}
-
 }  // namespace
 
-void attend_one(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& q_tangent,
+void flash_attention_jvp(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& q_tangent,
                          const at::Tensor& k_tangent, const at::Tensor& v_tangent, double scale, bool causal,
                          const at::Tensor& output, const at::Tensor& output_tangent, const at::Tensor& log_sum_exp) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "flash_attention_jvp", [&] {
     using Real = typename Problem<scalar_t>::Real;
     using Tensor = Rows<scalar_t>;
-    static const Attend<scalar_t> attend = best_attend<scalar_t>();
+    static const auto attend = best_instruction_set<AttendBlock<scalar_t>, const Problem<scalar_t>&, int64_t, int64_t,
+                                                    int64_t, Scratch<Real>&>();
     const Problem<scalar_t> problem = {Tensor(q),
                                        Tensor(k),
                                        Tensor(v),
@@ -321,6 +286,7 @@ void attend_one(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, c
                                        Tensor(output),
                                        Tensor(output_tangent),
                                        log_sum_exp.mutable_data_ptr<Real>(),
+                                       q_tangent.size(0),
                                        q.size(1),
                                        q.size(1) / k.size(1),
                                        q.size(2),
@@ -330,24 +296,16 @@ void attend_one(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, c
                                        causal};
     const int64_t blocks = at::divup(problem.queries, QUERIES), width = problem.head_dim;
     const int64_t pitch = at::divup(width, MAX_COLUMNS) * MAX_COLUMNS;
-    const int64_t grain = at::divup(PRODUCTS_PER_THREAD, std::min(QUERIES, problem.queries) * problem.keys * width);
+    const int64_t products = std::min(QUERIES, problem.queries) * problem.keys * width * problem.probes;
+    const int64_t grain = at::divup(PRODUCTS_PER_THREAD, products);
     at::parallel_for(0, q.size(0) * problem.heads * blocks, grain, [&](int64_t begin, int64_t end) {
-      Scratch<Real> scratch(width, pitch);
+      Scratch<Real> scratch(width, pitch, problem.probes);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t head = i / blocks;
         attend(problem, head / problem.heads, head % problem.heads, i % blocks * QUERIES, scratch);
       }
     });
   });
-}
-
-void flash_attention_jvp(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& q_tangent,
-                         const at::Tensor& k_tangent, const at::Tensor& v_tangent, double scale, bool causal,
-                         const at::Tensor& output, const at::Tensor& output_tangent, const at::Tensor& log_sum_exp) {
-  for (int64_t probe = 0; probe < q_tangent.size(0); ++probe) {
-    attend_one(q, k, v, q_tangent[probe], k_tangent[probe], v_tangent[probe], scale, causal, output,
-               output_tangent[probe], log_sum_exp);
-  }
 }
 
 }  // namespace sparsecod::cpu

@@ -77,6 +77,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   copy_queries(shared.q_tangent, problem.q_tangent);
 
   SoftmaxRow<float> rows[2] = {SoftmaxRow<float>::empty(), SoftmaxRow<float>::empty()};
+  SoftmaxTangent<float> tangents[2] = {};
   Dual<float> output[2][BANDS][QUAD] = {};
   const int last_key_of_block = problem.last_key(tile.first_query + QUERIES - 1);
   for (int first_key = 0; first_key <= last_key_of_block; first_key += KEYS) {
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       }
     }
 
-    SoftmaxRow<float>::Change change[2];
+    SoftmaxTangent<float>::Change change[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const int query = y + row * SIDE, last_key = problem.last_key(tile.first_query + query);
@@ -143,12 +144,13 @@ __global__ void __launch_bounds__(THREADS, 1)
         s.value = rows[row].weigh(s.value);  // from here on a weight
         sums = sums + Dual<float>{s.value, s.value * s.tangent};
       }
-      change[row] = rows[row].add(factor, {side_sum(sums.value), side_sum(sums.tangent)});
+      rows[row].add(factor, side_sum(sums.value));
+      change[row] = tangents[row].add(rows[row], factor, side_sum(sums.tangent));
 #pragma unroll
       for (int i = 0; i < KEYS_EACH; ++i) {
         const Dual<float>& s = score[row][i];
         shared.weight[query][x + i * SIDE] = s.value;
-        shared.weight_tangent[query][x + i * SIDE] = rows[row].weigh_tangent(s.value, s.tangent);
+        shared.weight_tangent[query][x + i * SIDE] = tangents[row].weigh(s.value, s.tangent);
       }
     }
     __syncwarp();
@@ -199,15 +201,14 @@ __global__ void __launch_bounds__(THREADS, 1)
     for (int band = 0; band < BANDS; ++band) {
       const int column = band * BAND + x * QUAD;
       if (column >= problem.head_dim) continue;
-      Pack<float> values, tangents;
+      Pack<float> values, value_tangents;
 #pragma unroll
       for (int i = 0; i < QUAD; ++i) {
-        const Dual<float> normalised = rows[row].output(output[row][band][i]);
-        values.elements[i] = normalised.value;
-        tangents.elements[i] = normalised.tangent;
+        values.elements[i] = rows[row].output(output[row][band][i].value);
+        value_tangents.elements[i] = rows[row].output(output[row][band][i].tangent);
       }
       values.store(problem.output.row<float>(tile.batch, tile.head, query) + column);
-      tangents.store(problem.output_tangent.row<float>(tile.batch, tile.head, query) + column);
+      value_tangents.store(problem.output_tangent.row<float>(tile.batch, tile.head, query) + column);
     }
   }
 }

@@ -140,6 +140,7 @@ __global__ void __launch_bounds__(THREADS, 2)
   const int last_key_of_block = problem.last_key(tile.first_query + QUERIES - 1);
 
   SoftmaxRow<float> rows[2] = {SoftmaxRow<float>::empty(), SoftmaxRow<float>::empty()};
+  SoftmaxTangent<float> tangents[2] = {};
   FragmentD output[COLUMNS / 8] = {}, output_tangent[COLUMNS / 8] = {};
 
   for (int first_key = 0, turn = 0; first_key <= last_key_of_block; first_key += KEYS, turn ^= 1) {
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
       for (int i = 0; i < 4; ++i) largest[i / 2] = fmaxf(largest[i / 2], score[at][i]);
     }
-    SoftmaxRow<float>::Change change[2];
+    SoftmaxTangent<float>::Change change[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const float factor = rows[row].raise(quad_max(largest[row]));
@@ -210,7 +211,8 @@ __global__ void __launch_bounds__(THREADS, 2)
           sums.tangent += score[at][i] * score_tangent[at][i];
         }
       }
-      change[row] = rows[row].add(factor, {quad_sum(sums.value), quad_sum(sums.tangent)});
+      rows[row].add(factor, quad_sum(sums.value));
+      change[row] = tangents[row].add(rows[row], factor, quad_sum(sums.tangent));
     }
 #pragma unroll
     for (int at = 0; at < COLUMNS / 8; ++at) {
@@ -230,8 +232,8 @@ __global__ void __launch_bounds__(THREADS, 2)
         const int at = key / 8 + i / 2, row = i % 2;
         const float lower = score[at][2 * row], upper = score[at][2 * row + 1];
         weight[i] = pair<T>(lower, upper);
-        weight_tangent[i] = pair<T>(rows[row].weigh_tangent(lower, score_tangent[at][2 * row]),
-                                    rows[row].weigh_tangent(upper, score_tangent[at][2 * row + 1]));
+        weight_tangent[i] = pair<T>(tangents[row].weigh(lower, score_tangent[at][2 * row]),
+                                    tangents[row].weigh(upper, score_tangent[at][2 * row + 1]));
       }
 #pragma unroll
       for (int column = 0; column < COLUMNS; column += 16) {
@@ -256,11 +258,12 @@ __global__ void __launch_bounds__(THREADS, 2)
     const int row_here = first_row + lane / 4 + 8 * row;
 #pragma unroll
     for (int at = 0; at < COLUMNS / 8; ++at) {
-      const Dual<float> left = rows[row].output({output[at][2 * row], output_tangent[at][2 * row]});
-      const Dual<float> right = rows[row].output({output[at][2 * row + 1], output_tangent[at][2 * row + 1]});
-      const uint32_t values = pair<T>(left.value, right.value), tangents = pair<T>(left.tangent, right.tangent);
-      std::memcpy(shared.q.at(row_here, at) + lane % 4 * 2, &values, sizeof(values));
-      std::memcpy(shared.q_tangent.at(row_here, at) + lane % 4 * 2, &tangents, sizeof(tangents));
+      const auto write = [&](SharedRows<T, QUERIES, D>& to, const FragmentD& sums) {
+        const uint32_t values = pair<T>(rows[row].output(sums[2 * row]), rows[row].output(sums[2 * row + 1]));
+        std::memcpy(to.at(row_here, at) + lane % 4 * 2, &values, sizeof(values));
+      };
+      write(shared.q, output[at]);
+      write(shared.q_tangent, output_tangent[at]);
     }
     if (lane % 4 == 0 && tile.column_part == 0 && query + 8 * row < problem.queries) {
       const int64_t head = static_cast<int64_t>(tile.batch) * problem.heads + tile.head;
