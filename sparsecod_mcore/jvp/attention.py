@@ -1,10 +1,10 @@
 """Forward-mode rules of attention: projections, rotary embedding, core attention."""
 
-from functools import singledispatch
+from functools import partial, singledispatch
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -18,59 +18,87 @@ from sparsecod_mcore.ops import flash_attention_jvp
 type Rotary = Tensor | tuple[Tensor, Tensor] | None
 
 
-def self_attention(module: SelfAttention, x: Dual, rotary_pos_emb: Rotary) -> Dual:
-    """What self-attention makes of its normed input x [S, B, D]; `rotary_pos_emb` is what Megatron gives the layer."""
+class Heads(NamedTuple):
+    """What core attention takes: queries [S, B, N, H], keys and values [S, B, G, H], rotated."""
+
+    q: Dual
+    k: Dual
+    v: Dual
+
+
+def heads(module: SelfAttention, x: Dual, rotary_pos_emb: Rotary) -> Heads:
+    """Heads of this rank, of normed hidden states x [S, B, D]; `rotary_pos_emb` is what Megatron gives the layer."""
     if type(module) is not SelfAttention:
         raise unknown(module)
-    config = module.config
-    if config.attention_output_gate:
+    if module.config.attention_output_gate:
         raise unsupported(module, "attention_output_gate")
     if module.attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
         raise unsupported(module, f"the mask {module.attn_mask_type.name}")
-    q, k, v = _split_heads(module, jvp(module.linear_qkv, x))
+    mixed = jvp(module.linear_qkv, x)
+    q, k, v = map(Dual, split_heads(module, mixed.value), split_heads(module, mixed.tangents))
     if module.q_layernorm is not None:
         q = jvp(module.q_layernorm, q)
     if module.k_layernorm is not None:
         k = jvp(module.k_layernorm, k)
-    without_rotary = config.no_rope_freq and config.no_rope_freq[module.layer_number - 1]
-    if rotary_pos_emb is not None and not without_rotary:
-        of_q, of_k = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
-        q, k = _rotate(module, q, of_q), _rotate(module, k, of_k)
-    return jvp(module.linear_proj, core_attention(module.core_attention, q, k, v, module.pg_collection.cp))
+    of_q, of_k = angles(module, rotary_pos_emb)
+    q, k = (x if turns is None else x.map(partial(rotate, module, turns)) for x, turns in ((q, of_q), (k, of_k)))
+    return Heads(q, k, v)
 
 
-def _split_heads(module: SelfAttention, mixed: Dual) -> tuple[Dual, Dual, Dual]:
-    """Queries [S, B, N, H], keys and values [S, B, G, H] of this rank.
+def attend(module: SelfAttention, of: Heads) -> Dual:
+    """What attention to these heads gives, [S, B, D]."""
+    return jvp(module.linear_proj, core_attention(module.core_attention, *of, module.pg_collection.cp))
+
+
+def split_heads(module: SelfAttention, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [..., N, H], keys and values [..., G, H] of this rank, of what the projection of x gave.
 
     A query group's queries, key and value lie side by side. Where there are fewer groups than tensor-parallel ranks, a
     group is spread over ranks: it is gathered, and each rank takes its share of the group's queries.
     """
-    heads, groups = module.num_attention_heads_per_partition, module.num_query_groups_per_partition
+    num_heads, groups = module.num_attention_heads_per_partition, module.num_query_groups_per_partition
     width, group = module.hidden_size_per_attention_head, module.pg_collection.tp
     num_query_groups = module.config.num_query_groups
     ranks_per_group = max(1, module.world_size // num_query_groups)
+    heads_per_group = num_heads * ranks_per_group // groups
     own_group, share = divmod(group.rank(), ranks_per_group)
-    heads_per_group = heads * ranks_per_group // groups
-
-    def split(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if ranks_per_group > 1:
-            x = all_gather_last_dim_from_tensor_parallel_region(x.contiguous(), group=group)
-            x = x.chunk(num_query_groups, -1)[own_group]
-        grouped = x.unflatten(-1, (groups, heads_per_group + 2, width))
-        q, k, v = grouped.split([heads_per_group, 1, 1], -2)
-        q = q.flatten(-3, -2)
-        if ranks_per_group > 1:
-            q = q[..., share * heads : (share + 1) * heads, :]
-        return q, k.squeeze(-2), v.squeeze(-2)
-
-    q, k, v = (Dual(*pair) for pair in zip(split(mixed.value), split(mixed.tangents), strict=True))
-    return q, k, v
+    if ranks_per_group > 1:
+        mixed = all_gather_last_dim_from_tensor_parallel_region(mixed.contiguous(), group=group)
+        mixed = mixed.chunk(num_query_groups, -1)[own_group]
+    q, k, v = mixed.unflatten(-1, (groups, heads_per_group + 2, width)).split([heads_per_group, 1, 1], -2)
+    q = q.flatten(-3, -2)
+    if ranks_per_group > 1:
+        q = q[..., share * num_heads : (share + 1) * num_heads, :]
+    return q, k.squeeze(-2), v.squeeze(-2)
 
 
-def _rotate(module: SelfAttention, x: Dual, angles_S11H: Tensor) -> Dual:
-    """A rotation by position: linear, and the same for all tangents (whose axis stands before S)."""
-    interleaved, scale = module.config.rotary_interleaved, module._yarn_concentration_factor
-    return x.map(lambda t: _apply_rotary_pos_emb_bshd(t, angles_S11H, rotary_interleaved=interleaved, mscale=scale))
+def angles(module: SelfAttention, rotary_pos_emb: Rotary) -> tuple[Tensor | None, Tensor | None]:
+    """By what queries and keys are rotated, [S, 1, 1, H]; None for not at all."""
+    without = module.config.no_rope_freq and module.config.no_rope_freq[module.layer_number - 1]
+    if rotary_pos_emb is None or without:
+        return None, None
+    return rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
+
+
+def rotate(module: SelfAttention, angles_S11H: Tensor, t: Tensor) -> Tensor:
+    """Rotary embedding of t [..., S, B, N, H]: linear in t, and the same for all tangents.
+
+    Both halves are turned in place, which takes half the passes over memory that Megatron's function takes.
+    """
+    width, scale = angles_S11H.shape[-1], module._yarn_concentration_factor
+    first, second = (
+        (slice(0, width, 2), slice(1, width, 2))
+        if module.config.rotary_interleaved
+        else (slice(0, width // 2), slice(width // 2, width))
+    )
+    cosine, sine = ((f(angles_S11H) * scale).to(t.dtype) for f in (torch.cos, torch.sin))
+    turned = torch.empty(t.shape, dtype=t.dtype, device=t.device)
+    torch.mul(t[..., first], cosine[..., first], out=turned[..., first])
+    turned[..., first].addcmul_(t[..., second], sine[..., first], value=-1)
+    torch.mul(t[..., second], cosine[..., second], out=turned[..., second])
+    turned[..., second].addcmul_(t[..., first], sine[..., second])
+    turned[..., width:] = t[..., width:]
+    return turned
 
 
 @singledispatch

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from sparsecod_mcore import platform
 from sparsecod_mcore.jvp import moe, transformer_engine  # noqa: F401  rules are registered by their import
-from sparsecod_mcore.jvp.attention import Rotary, self_attention
+from sparsecod_mcore.jvp.attention import Heads, Rotary, attend, heads
 from sparsecod_mcore.jvp.dual import Dual
 from sparsecod_mcore.jvp.rules import jvp, jvp_with_sums, unknown, unsupported
+from sparsecod_mcore.jvp.shared import shared_tangents
 from sparsecod_mcore.ops import NUM_PROBE_MOMENTS, probe_moments
 
 if platform.has_transformer_engine():
@@ -45,7 +46,8 @@ def layer_branches(layer: TransformerLayer, stream: Dual, rotary_pos_emb: Rotary
     Under sequence and context parallelism S is this rank's part. Collective over the ranks that share the layer.
     Raises UserError for modules without a rule.
     """
-    attention = _attention(layer, stream, rotary_pos_emb)
+    _check(layer)
+    attention = attend(layer.self_attention, _heads(layer, stream, rotary_pos_emb)).to(stream.value.dtype)
     mlp = jvp(layer.mlp, jvp(layer.pre_mlp_layernorm, stream + attention))
     return Branches(attention, mlp.to(stream.value.dtype))
 
@@ -63,13 +65,19 @@ def probe_branches(
     The former are summed over the tokens of this rank as early as may be: nothing else of them enters a Jacobian that
     is averaged over tokens.
     """
-    num_shared = len(shared_PD)
-    directions = shared_PD[:, None, None].expand(-1, *hidden_SBD.shape)
-    stream = Dual(hidden_SBD, directions if own_QSBD is None else torch.cat([directions, own_QSBD]))
-    attention = _attention(layer, stream, rotary_pos_emb)
-    normed = jvp(layer.pre_mlp_layernorm, stream + attention)
-    mlp_sums, mlp = jvp_with_sums(layer.mlp, normed, num_shared)
-    of_shared, of_own = attention.tangents.tensor_split([num_shared])
+    _check(layer)
+    directions_PSBD = shared_PD[:, None, None].expand(-1, *hidden_SBD.shape)
+    own_QSBD = directions_PSBD[:0] if own_QSBD is None else own_QSBD
+    of = _heads(layer, Dual(hidden_SBD, own_QSBD), rotary_pos_emb)
+    shared = shared_tangents(layer, hidden_SBD, shared_PD, of, rotary_pos_emb)
+    if shared is None:
+        q, k, v = _heads(layer, Dual(hidden_SBD, directions_PSBD), rotary_pos_emb)
+        shared = q.tangents, k.tangents, v.tangents
+    of = Heads(*(Dual(x.value, torch.cat([first, x.tangents])) for first, x in zip(shared, of, strict=True)))
+    attention = attend(layer.self_attention, of).to(hidden_SBD.dtype)
+    after = Dual(hidden_SBD + attention.value, torch.cat([directions_PSBD, own_QSBD]).add_(attention.tangents))
+    mlp_sums, mlp = jvp_with_sums(layer.mlp, jvp(layer.pre_mlp_layernorm, after), len(shared_PD))
+    of_shared, of_own = attention.tangents.tensor_split([len(shared_PD)])
     return ProbedBranches(_token_sums(shared_PD, of_shared), mlp_sums, of_own, mlp.to(hidden_SBD.dtype))
 
 
@@ -80,10 +88,8 @@ def _token_sums(v_PD: Tensor, u_PSBD: Tensor) -> Tensor:
     return sums_PD
 
 
-def _attention(layer: TransformerLayer, stream: Dual, rotary_pos_emb: Rotary) -> Dual:
-    _check(layer)
-    normed = jvp(layer.input_layernorm, stream)
-    return self_attention(layer.self_attention, normed, rotary_pos_emb).to(stream.value.dtype)
+def _heads(layer: TransformerLayer, stream: Dual, rotary_pos_emb: Rotary) -> Heads:
+    return heads(layer.self_attention, jvp(layer.input_layernorm, stream), rotary_pos_emb)
 
 
 def layer_jvp(

@@ -15,6 +15,7 @@ from sparsecod_mcore.jvp.attention import causal_attention, core_attention
 from sparsecod_mcore.jvp.dual import Dual, all_reduce, gather_sequence, project, reduce_scatter_sequence
 from sparsecod_mcore.jvp.moe import experts, scale
 from sparsecod_mcore.jvp.rules import jvp, layer_norm, rms_norm, swiglu, unsupported
+from sparsecod_mcore.jvp.shared import norm_before
 
 
 def norm(module: Any, x: Dual) -> Dual:
@@ -47,6 +48,13 @@ def layer_norm_linear(module: Any, x: Dual) -> Dual:
     if module.sequence_parallel:
         normed = gather_sequence(normed, module._tp_group)
     return _with_bias(project(normed, module.weight), module.bias)
+
+
+def norm_in(projection: Any, norm: torch.nn.Module) -> tuple[Tensor, float] | None:
+    """The RMSNorm inside of te.pytorch.LayerNormLinear; None for a LayerNorm."""
+    if projection.normalization != "RMSNorm":
+        return None
+    return projection.layer_norm_weight + int(projection.zero_centered_gamma), projection.eps
 
 
 def _with_bias(y: Dual, bias: Tensor | None) -> Dual:
@@ -85,5 +93,6 @@ def register() -> None:
         jvp.register(kind, norm)
     jvp.register(te.Linear, linear)
     jvp.register(te.LayerNormLinear, layer_norm_linear)
+    norm_before.register(te.LayerNormLinear, norm_in)
     core_attention.register(te.DotProductAttention, dot_product_attention)
     experts.register(TEGroupedMLP, grouped_mlp)

@@ -18,6 +18,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mha": {},
     "gqa": GQA,
     "mqa": MQA,
+    "interleaved_rotary": {"rotary_interleaved": True},
     "qk_norm": GQA | {"qk_layernorm": True},
     "layer_norm": {"normalization": "LayerNorm", "add_bias_linear": True},
     "moe": MOE,
