@@ -1,6 +1,7 @@
 """Forward-mode rules of attention: projections, rotary embedding, core attention."""
 
-from functools import partial, singledispatch
+from dataclasses import dataclass
+from functools import singledispatch
 from typing import NamedTuple
 
 import torch
@@ -18,12 +19,63 @@ from sparsecod_mcore.ops import flash_attention_jvp
 type Rotary = Tensor | tuple[Tensor, Tensor] | None
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """Rotary embedding of heads [..., S, B, N, H]: linear, and the same for all tangents."""
+
+    cosine_S11H: Tensor
+    sine_S11H: Tensor
+    first: slice  # of H, the dimensions that are turned with those of `second`
+    second: slice
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """Rotate t. Both halves are turned in place, in half the passes over memory that Megatron's function takes."""
+        cosine, sine, first, second = self.cosine_S11H, self.sine_S11H, self.first, self.second
+        turned = torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        torch.mul(t[..., first], cosine[..., first], out=turned[..., first])
+        turned[..., first].addcmul_(t[..., second], sine[..., first], value=-1)
+        torch.mul(t[..., second], cosine[..., second], out=turned[..., second])
+        turned[..., second].addcmul_(t[..., first], sine[..., second])
+        width = cosine.shape[-1]
+        turned[..., width:] = t[..., width:]
+        return turned
+
+
+def rotations(module: SelfAttention, rotary_pos_emb: Rotary, dtype: torch.dtype) -> tuple[Rotation | None, ...]:
+    """How queries and keys are rotated, of what Megatron gives the layer; None for not at all."""
+    without = module.config.no_rope_freq and module.config.no_rope_freq[module.layer_number - 1]
+    if rotary_pos_emb is None or without:
+        return None, None
+    of_both = not isinstance(rotary_pos_emb, tuple) or rotary_pos_emb[0] is rotary_pos_emb[1]
+    given = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb,)
+    found = tuple(_rotation(module, angles_S11H, dtype) for angles_S11H in (given[:1] if of_both else given))
+    return found * 2 if of_both else found
+
+
+def _rotation(module: SelfAttention, angles_S11H: Tensor, dtype: torch.dtype) -> Rotation:
+    width, scale = angles_S11H.shape[-1], module._yarn_concentration_factor
+    cosine, sine = ((f(angles_S11H) * scale).to(dtype) for f in (torch.cos, torch.sin))
+    if module.config.rotary_interleaved:
+        return Rotation(cosine, sine, slice(0, width, 2), slice(1, width, 2))
+    return Rotation(cosine, sine, slice(0, width // 2), slice(width // 2, width))
+
+
 class Heads(NamedTuple):
-    """What core attention takes: queries [S, B, N, H], keys and values [S, B, G, H], rotated."""
+    """What core attention takes, queries [S, B, N, H], keys and values [S, B, G, H]; how the first two were rotated."""
 
     q: Dual
     k: Dual
     v: Dual
+    of_q: Rotation | None
+    of_k: Rotation | None
+
+    def along(self, q_PSBNH: Tensor, k_PSBGH: Tensor, v_PSBGH: Tensor) -> "Heads":
+        """The same with these tangents before its own."""
+        q, k, v = (
+            Dual(x.value, torch.cat([first, x.tangents]))
+            for first, x in ((q_PSBNH, self.q), (k_PSBGH, self.k), (v_PSBGH, self.v))
+        )
+        return Heads(q, k, v, self.of_q, self.of_k)
 
 
 def heads(module: SelfAttention, x: Dual, rotary_pos_emb: Rotary) -> Heads:
@@ -40,14 +92,13 @@ def heads(module: SelfAttention, x: Dual, rotary_pos_emb: Rotary) -> Heads:
         q = jvp(module.q_layernorm, q)
     if module.k_layernorm is not None:
         k = jvp(module.k_layernorm, k)
-    of_q, of_k = angles(module, rotary_pos_emb)
-    q, k = (x if turns is None else x.map(partial(rotate, module, turns)) for x, turns in ((q, of_q), (k, of_k)))
-    return Heads(q, k, v)
+    of_q, of_k = rotations(module, rotary_pos_emb, q.value.dtype)
+    return Heads(q.map(of_q) if of_q else q, k.map(of_k) if of_k else k, v, of_q, of_k)
 
 
 def attend(module: SelfAttention, of: Heads) -> Dual:
     """What attention to these heads gives, [S, B, D]."""
-    return jvp(module.linear_proj, core_attention(module.core_attention, *of, module.pg_collection.cp))
+    return jvp(module.linear_proj, core_attention(module.core_attention, of.q, of.k, of.v, module.pg_collection.cp))
 
 
 def split_heads(module: SelfAttention, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,35 +121,6 @@ def split_heads(module: SelfAttention, mixed: Tensor) -> tuple[Tensor, Tensor, T
     if ranks_per_group > 1:
         q = q[..., share * num_heads : (share + 1) * num_heads, :]
     return q, k.squeeze(-2), v.squeeze(-2)
-
-
-def angles(module: SelfAttention, rotary_pos_emb: Rotary) -> tuple[Tensor | None, Tensor | None]:
-    """By what queries and keys are rotated, [S, 1, 1, H]; None for not at all."""
-    without = module.config.no_rope_freq and module.config.no_rope_freq[module.layer_number - 1]
-    if rotary_pos_emb is None or without:
-        return None, None
-    return rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
-
-
-def rotate(module: SelfAttention, angles_S11H: Tensor, t: Tensor) -> Tensor:
-    """Rotary embedding of t [..., S, B, N, H]: linear in t, and the same for all tangents.
-
-    Both halves are turned in place, which takes half the passes over memory that Megatron's function takes.
-    """
-    width, scale = angles_S11H.shape[-1], module._yarn_concentration_factor
-    first, second = (
-        (slice(0, width, 2), slice(1, width, 2))
-        if module.config.rotary_interleaved
-        else (slice(0, width // 2), slice(width // 2, width))
-    )
-    cosine, sine = ((f(angles_S11H) * scale).to(t.dtype) for f in (torch.cos, torch.sin))
-    turned = torch.empty(t.shape, dtype=t.dtype, device=t.device)
-    torch.mul(t[..., first], cosine[..., first], out=turned[..., first])
-    turned[..., first].addcmul_(t[..., second], sine[..., first], value=-1)
-    torch.mul(t[..., second], cosine[..., second], out=turned[..., second])
-    turned[..., second].addcmul_(t[..., first], sine[..., second])
-    turned[..., width:] = t[..., width:]
-    return turned
 
 
 @singledispatch

@@ -69,11 +69,11 @@ def probe_branches(
     directions_PSBD = shared_PD[:, None, None].expand(-1, *hidden_SBD.shape)
     own_QSBD = directions_PSBD[:0] if own_QSBD is None else own_QSBD
     of = _heads(layer, Dual(hidden_SBD, own_QSBD), rotary_pos_emb)
-    shared = shared_tangents(layer, hidden_SBD, shared_PD, of, rotary_pos_emb)
+    shared = shared_tangents(layer, hidden_SBD, shared_PD, of)
     if shared is None:
-        q, k, v = _heads(layer, Dual(hidden_SBD, directions_PSBD), rotary_pos_emb)
+        q, k, v, *_ = _heads(layer, Dual(hidden_SBD, directions_PSBD), rotary_pos_emb)
         shared = q.tangents, k.tangents, v.tangents
-    of = Heads(*(Dual(x.value, torch.cat([first, x.tangents])) for first, x in zip(shared, of, strict=True)))
+    of = of.along(*shared)
     attention = attend(layer.self_attention, of).to(hidden_SBD.dtype)
     after = Dual(hidden_SBD + attention.value, torch.cat([directions_PSBD, own_QSBD]).add_(attention.tangents))
     mlp_sums, mlp = jvp_with_sums(layer.mlp, jvp(layer.pre_mlp_layernorm, after), len(shared_PD))

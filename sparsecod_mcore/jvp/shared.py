@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from sparsecod_mcore.jvp.attention import Heads, Rotary, angles, rotate, split_heads
+from sparsecod_mcore.jvp.attention import Heads, Rotation, split_heads
 from sparsecod_mcore.jvp.dual import Dual, gather_sequence, plain
 from sparsecod_mcore.model.norm import RMSNorm
 
@@ -29,7 +29,7 @@ def _(projection: ColumnParallelLinear, norm: torch.nn.Module) -> tuple[Tensor, 
 
 
 def shared_tangents(
-    layer: TransformerLayer, hidden_SBD: Tensor, shared_PD: Tensor, of: Heads, rotary_pos_emb: Rotary
+    layer: TransformerLayer, hidden_SBD: Tensor, shared_PD: Tensor, of: Heads
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Tangents [P, S, B, ...] of the values in `of`, along directions shared by all tokens.
 
@@ -52,13 +52,12 @@ def shared_tangents(
     projected_PE = (shared_PD * weight_D.to(shared_PD.dtype)).to(of.q.value.dtype) @ plain(projection.weight).T
     parts = split_heads(attention, projected_PE)
 
-    def tangents(part_PNH: Tensor, value_SBNH: Tensor, turns: Tensor | None) -> Tensor:
+    def tangents(part_PNH: Tensor, value_SBNH: Tensor, rotation: Rotation | None) -> Tensor:
         part_PS1NH = part_PNH[:, None, None].expand(-1, value_SBNH.shape[0], -1, -1, -1)
-        if turns is not None:
-            part_PS1NH = rotate(attention, turns, part_PS1NH)
+        if rotation is not None:
+            part_PS1NH = rotation(part_PS1NH)
         tangents_PSBNH = scales.value[..., None, None] * part_PS1NH
         return tangents_PSBNH.addcmul_(scales.tangents[..., None, None], value_SBNH, value=-1)
 
-    of_q, of_k = angles(attention, rotary_pos_emb)
-    q, k, v = map(tangents, parts, (of.q.value, of.k.value, of.v.value), (of_q, of_k, None))
+    q, k, v = map(tangents, parts, (of.q.value, of.k.value, of.v.value), (of.of_q, of.of_k, None))
     return q, k, v
