@@ -34,10 +34,10 @@ class Provenance:
     model_sha256: str
     data: str | None = None
     data_sha256: str | None = None  # of the tokens that were scored
-    tokens: int | None = axes(low=1, default=None)  # that were predicted
+    tokens: int | None = axes(low=1, default=None)  # inputs that were scored
     dtype: Literal["float32", "bfloat16", "float16", "float64"]
     device: str
-    seed: int
+    seed: int | None = None  # None where nothing was drawn at random
     options: dict[str, str]  # choices that change figures, such as {"compat": "reference"}
     versions: dict[str, str]
 
