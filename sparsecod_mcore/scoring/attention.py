@@ -16,6 +16,7 @@ from megatron.core.transformer.attention import SelfAttention
 
 from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.ops import attention_stats, flash_attention_jvp
+from sparsecod_mcore.scoring import parallel
 from sparsecod_mcore.scoring.results import SPARSITY_THRESHOLDS, AttentionAtLength
 from sparsecod_mcore.scoring.stack import Stack
 
@@ -76,7 +77,7 @@ class AttentionMeter:
         """The averages over all sequences of all ranks. Collective over all ranks."""
         # Ranks that hold other experts see the same attention.
         counts_here = parallel_state.get_expert_model_parallel_rank() == 0
-        leads = counts_here and parallel_state.get_tensor_model_parallel_rank() == 0
+        leads = parallel.is_first_of_worker()
         totals = torch.tensor([self._sequences * leads, self._length * leads], device=self._stack.device)
         entropy_LN, counts_LNE = self._entropy_LN * counts_here, self._counts_LNE * counts_here
         longest = totals[1:].clone()  # a rank may have had no sequence

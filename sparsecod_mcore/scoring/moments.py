@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
 from sparsecod_mcore.model.residual import ATTENTION_ADD, MLP_ADD, bind_residual_adds
 from sparsecod_mcore.monitor.buffer import MomentsBuffer
@@ -17,6 +16,7 @@ from sparsecod_mcore.monitor.columns import ColumnsBuffer, DimensionMoments
 from sparsecod_mcore.monitor.reduction import reduce_columns, reduce_over_ranks
 from sparsecod_mcore.monitor.statistics import BRANCH_STREAM, STREAMS, LayerStatistics, layer_statistics
 from sparsecod_mcore.ops import Moment, residual_add_moments
+from sparsecod_mcore.scoring import parallel
 from sparsecod_mcore.scoring.results import Moments
 from sparsecod_mcore.scoring.stack import Stack
 
@@ -41,9 +41,7 @@ class _Sums:
     def reduce(self) -> tuple[LayerStatistics, DimensionMoments]:
         """Over all ranks, on the host. Collective."""
         # Ranks of one worker all see the whole residual stream: evaluation has no sequence parallelism.
-        replicated = (
-            parallel_state.get_tensor_model_parallel_rank() > 0 or parallel_state.get_expert_model_parallel_rank() > 0
-        )
+        replicated = not parallel.is_first_of_worker()
         tokens_LA = self._moments_LAM[..., Moment.TOKENS]
         statistics = layer_statistics(reduce_over_ranks(self._moments_LAM, replicated=replicated).cpu())
         return statistics, reduce_columns(self._columns.sums_LACD, tokens_LA, replicated=replicated)

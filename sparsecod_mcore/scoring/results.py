@@ -24,6 +24,7 @@ CURVE_THRESHOLDS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 type Values = list[float]
 type Matrix = list[list[float]]
+type Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class Provenance:
     data: str | None = None
     data_sha256: str | None = None  # of the tokens that were scored
     tokens: int | None = axes(low=1, default=None)  # inputs that were scored
-    dtype: Literal["float32", "bfloat16", "float16", "float64"]
+    dtype: Dtype
     device: str
     seed: int | None = None  # None where nothing was drawn at random
     options: dict[str, str]  # choices that change figures, such as {"compat": "reference"}
