@@ -5,6 +5,8 @@ that would hold different tokens in training, those ranks work on the same token
 """
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,6 +49,41 @@ def workers() -> int:
     return parallel_state.get_expert_data_parallel_world_size()
 
 
-def device() -> torch.device:
-    """Where this rank computes."""
-    return torch.device("cuda", torch.cuda.current_device()) if platform.has_gpu() else platform.CPU
+def is_first_of_worker() -> bool:
+    """Whether this rank speaks for its worker."""
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_expert_model_parallel_rank() == 0
+
+
+def is_first() -> bool:
+    """Whether this rank speaks for all."""
+    return dist.get_rank() == 0
+
+
+def sum_over_workers(tensor: torch.Tensor) -> None:
+    """Make `tensor` the sum of all workers'. Collective."""
+    if workers() > 1:
+        dist.all_reduce(tensor, group=parallel_state.get_expert_data_parallel_group())
+
+
+def gather_from_workers[T](item: T) -> list[T]:
+    """Every worker's `item`, in their order. Collective."""
+    if workers() == 1:
+        return [item]
+    items: list[Any] = [None] * workers()
+    dist.all_gather_object(items, item, group=parallel_state.get_expert_data_parallel_group())
+    return items
+
+
+def from_first[T](make: Callable[[], T]) -> T:
+    """What `make` returns on the first rank, on every rank. Collective; a `UserError` of it is raised on all."""
+    answer: list[Any] = [None]
+    if is_first():
+        try:
+            answer[0] = make()
+        except UserError as error:
+            answer[0] = error
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]
