@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sparsecod_mcore.data.atomic import make_folder
 from sparsecod_mcore.errors import UserError, nearest
 from sparsecod_mcore.progress import ProgressLine
 from sparsecod_mcore.report.score_figures import save_score_figures
@@ -142,6 +143,7 @@ def _batches(tokens_NS: torch.Tensor) -> Iterable[torch.Tensor]:
 
 def measure_into(folder: Path, request: Request) -> None:
     """Measure, write sparsity.json, sparsity.csv and figures, and print a table. Collective under torchrun."""
+    make_folder(folder)
     scores = measure(request)
 
     def write() -> None:
