@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from megatron.core import parallel_state
 
 from sparsecod_mcore.scoring.measure import Request, measure
 from sparsecod_mcore.scoring.results import Scores, read_scores
 from sparsecod_mcore.scoring.schema import entries
+from sparsecod_mcore.scoring.stack import Stack
 from tests.distributed.jobs import REPOSITORY, TORCHRUN, environment
 from tests.scoring.random_models import GQA, MOE, random_tokens, save_random_checkpoint
 
@@ -65,6 +67,35 @@ def test_the_reference_is_reproduced(tmp_path: Path, shared_data: Path, monkeypa
     again = measure(Request(model=str(folder), data=str(folder / "tokens.npy"), what=["entropy"]))
     assert again.weight_sparsity is None and again.moments is None
     assert again.attention is not None and again.attention.lengths["256"] == attention
+
+
+def test_an_interrupted_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_random_checkpoint(GQA, tmp_path / "model")
+    np.save(tmp_path / "tokens.npy", random_tokens(2, 50).numpy())
+    flags = ("--model", tmp_path / "model", "--data", tmp_path / "tokens.npy", "--lengths", "40,20,20,30")
+    flags = (*flags, "--what", "attention,moments", "--out")
+    assert measure_sparsity(monkeypatch, *flags, tmp_path / "whole") == 0
+    passed: list[int] = []
+    run_layer = Stack.layer
+
+    def layer(stack: Stack, index: int, hidden_SBD: torch.Tensor) -> torch.Tensor:
+        passed.append(len(hidden_SBD))
+        if passed.count(40) == 2:  # in the middle of the longest
+            raise KeyboardInterrupt
+        return run_layer(stack, index, hidden_SBD)
+
+    monkeypatch.setattr(Stack, "layer", layer)
+    assert measure_sparsity(monkeypatch, *flags, tmp_path / "stopped") == 130
+    assert "goes on from here" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["sparsity.unfinished.json"]
+    assert sorted(set(passed)) == [20, 30, 40]
+    assert measure_sparsity(monkeypatch, *flags, tmp_path / "stopped") == 0
+    assert passed == [20] * 3 + [30] * 3 + [40] * (2 + 3)
+    for name in ("sparsity.json", "sparsity.csv"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "stopped" / "sparsity.unfinished.json").exists()
 
 
 @pytest.mark.distributed
