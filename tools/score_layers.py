@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Score the layers of a trained model by interventions: which do work, and which are wasted.
 
-Writes scores.json and scores.csv to OUT. Under torchrun, work is spread over the ranks. An interrupted run goes on
-where it stopped when the same command is given again.
+Writes scores.json, scores.csv and figures to OUT. Under torchrun, work is spread over the ranks. An interrupted run
+goes on where it stopped when the same command is given again.
 """
 
 import argparse
@@ -14,18 +14,16 @@ from sparsecod_mcore.errors import UserError, command_line
 
 platform.prepare()  # before anything imports Megatron
 
+from sparsecod_mcore.scoring.arguments import add_model_arguments  # noqa: E402
 from sparsecod_mcore.scoring.registry import DEFAULT_SCORES, SCORES  # noqa: E402
-from sparsecod_mcore.scoring.run import DTYPES, Request, score_model  # noqa: E402
+from sparsecod_mcore.scoring.run import Request, score_and_show  # noqa: E402
 from sparsecod_mcore.scoring.score import Options  # noqa: E402
-from sparsecod_mcore.scoring.summary import summary  # noqa: E402
 
 
 @command_line
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="a run's directory, a torch_dist checkpoint or a Hugging Face one"
-    )
+    add_model_arguments(parser)
     parser.add_argument(
         "--data",
         required=True,
@@ -43,17 +41,14 @@ def main() -> None:
         "--sequences", type=int, metavar="N", help="the first N (default: 64 of a dataset, all of .npy)"
     )
     parser.add_argument("--length", type=int, metavar="T", help="tokens of a sequence that are inputs")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and hidden states")
     parser.add_argument("--pairs", default="all", metavar="sample:N", help="permutation of N pairs, with an interval")
     parser.add_argument(
         "--compat", choices=("paper", "reference"), default="paper", help="reference: as published scripts"
     )
     parser.add_argument("--seed", type=int, default=1234, help="of the sample of pairs (default: %(default)s)")
     parser.add_argument("--memory-budget", type=float, metavar="GIB", help="for all but the model and PyTorch")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
-    parser.add_argument("--expert-parallel-size", type=int, default=1, metavar="N")
     arguments = parser.parse_args()
-    scores = score_model(
+    score_and_show(
         Request(
             model=arguments.model,
             data=arguments.data,
@@ -68,7 +63,6 @@ def main() -> None:
             options=Options(compat=arguments.compat, sampled_pairs=_sample(arguments.pairs), seed=arguments.seed),
         )
     )
-    print(summary(scores))
 
 
 def _sample(pairs: str) -> int | None:

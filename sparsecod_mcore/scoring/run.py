@@ -7,21 +7,24 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from sparsecod_mcore import platform
 from sparsecod_mcore.data.atomic import make_folder
 from sparsecod_mcore.errors import UserError
+from sparsecod_mcore.report.score_figures import save_score_figures
 from sparsecod_mcore.scoring import parallel
 from sparsecod_mcore.scoring.engine import Engine, Unchanged
 from sparsecod_mcore.scoring.interventions import by_first
 from sparsecod_mcore.scoring.plan import Plan, make_plan
-from sparsecod_mcore.scoring.provenance import hash_files, hash_tokens, package_versions
+from sparsecod_mcore.scoring.provenance import provenance_of
 from sparsecod_mcore.scoring.registry import check_names, make_scores
 from sparsecod_mcore.scoring.results import Provenance, Scores, write_scores
 from sparsecod_mcore.scoring.score import Measured, Options
 from sparsecod_mcore.scoring.sequences import check_sequences, load_sequences
 from sparsecod_mcore.scoring.stack import Stack, load_stack, model_files
+from sparsecod_mcore.scoring.summary import summary
 from sparsecod_mcore.scoring.work_file import UnitSums, WorkFiles
 
 DTYPES: dict[Literal["float32", "bfloat16"], torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -58,7 +61,7 @@ def score_model(request: Request) -> Scores:
     parallel.from_first(lambda: make_folder(request.out))
     scores = make_scores(request.names, stack, request.options)
     plan = make_plan(stack, scores, len(tokens), tokens.shape[1] - 1, request.budget)
-    provenance = parallel.from_first(lambda: _provenance(request, tokens))
+    provenance = parallel.from_first(lambda: _provenance(request, stack, tokens_NT))
     files = WorkFiles(request.out / "unfinished", _fingerprint(request, plan, provenance))
     engine = Engine(stack, tokens, plan)
     unchanged = engine.run_unchanged(scores)
@@ -78,19 +81,17 @@ def score_model(request: Request) -> Scores:
     return found
 
 
-def _provenance(request: Request, tokens_NT: torch.Tensor) -> Provenance:
+def _provenance(request: Request, stack: Stack, tokens_NT: NDArray[np.int64]) -> Provenance:
     sample = request.options.sampled_pairs
-    return Provenance(
-        model=request.model,
-        model_sha256=hash_files(model_files(Path(request.model))),
-        data=request.data,
-        data_sha256=hash_tokens(tokens_NT.numpy()),
-        tokens=tokens_NT[:, 1:].numel(),
+    return provenance_of(
+        request.model,
+        model_files(Path(request.model)),
+        request.data,
+        tokens_NT,
         dtype=request.dtype,
-        device=torch.cuda.get_device_name() if platform.has_gpu() else "cpu",
-        seed=request.options.seed,
+        device=stack.device,
         options={"compat": request.options.compat, "pairs": "all" if sample is None else f"sample:{sample}"},
-        versions=package_versions(),
+        seed=request.options.seed,
     )
 
 
@@ -126,3 +127,14 @@ def _measured(stack: Stack, tokens_NT: torch.Tensor, unchanged: Unchanged, units
 def _write(out: Path, scores: Scores, files: WorkFiles) -> None:
     write_scores(out, scores)
     files.remove()
+
+
+def score_and_show(request: Request) -> None:
+    """`score_model`, figures of what it found, and a summary on the screen. Collective under torchrun."""
+    scores = score_model(request)
+
+    def show() -> None:
+        figures = save_score_figures(request.out / "scores.json", request.out / "figures")
+        print(f"{summary(scores)}\n{request.out}: scores.json, scores.csv and {len(figures)} figures")
+
+    parallel.from_first(show)
