@@ -235,7 +235,7 @@ class Moments:
 class Scores:
     """All that was measured of one model in one run; None what was not."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = axes(in_table=False, default=SCHEMA_VERSION)
     provenance: Provenance = axes(in_table=False)
     layers: int = axes(low=1)
     sequences: int | None = axes(low=1, default=None)
@@ -303,9 +303,6 @@ def _table(scores: Scores) -> bytes:
     writer = csv.writer(output, lineterminator="\n")
     writer.writerow(COLUMNS)
     for entry in entries(scores):
-        is_figure = isinstance(entry.value, int | float) and not isinstance(entry.value, bool)
-        if not is_figure or not entry.axes.in_table or entry.path[0] in ("provenance", "schema_version"):
-            continue
         place = dict(entry.place)
         is_lower_half = "layer" in place and int(place["layer"]) >= int(place.get("other_layer", scores.layers))
         if is_lower_half and entry.path[0] != "similarity":

@@ -118,12 +118,9 @@ def test_parallel_layouts_agree(tmp_path: Path) -> None:
 
 def assert_same_figures(found: Scores, expected: Scores) -> None:
     assert found.provenance == expected.provenance
-    for figure, wanted in zip(entries(found), entries(expected), strict=True):
-        assert str(figure) == str(wanted)
-        if isinstance(wanted.value, float):
-            assert figure.value == pytest.approx(wanted.value, rel=1e-5, abs=1e-7), str(wanted)
-        else:
-            assert figure.value == wanted.value, str(wanted)
+    for entry, wanted in zip(entries(found), entries(expected), strict=True):
+        assert str(entry) == str(wanted)
+        assert entry.value == pytest.approx(wanted.value, rel=1e-5, abs=1e-7), str(wanted)
 
 
 MISTAKES = {
