@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Measure a model as it is: sparsity of its weights and its attention, attention's entropy, moments of every stream.
 
-Leaves sparsity.json, sparsity.csv and figures. Under torchrun, processes share the sequences, or the model.
+Writes sparsity.json, sparsity.csv and figures to OUT. Under torchrun, processes share the sequences, or the model. An
+interrupted run goes on after the last length that it finished when the same command is given again.
 """
 
 import argparse
@@ -13,8 +14,8 @@ from sparsecod_mcore.errors import command_line
 
 platform.prepare()  # before anything imports Megatron
 
+from sparsecod_mcore.scoring.arguments import add_model_arguments  # noqa: E402
 from sparsecod_mcore.scoring.measure import WHAT, Request, measure_into  # noqa: E402
-from sparsecod_mcore.scoring.run import DTYPES  # noqa: E402
 
 
 def names(text: str) -> list[str]:
@@ -28,18 +29,13 @@ def lengths(text: str) -> list[int]:
 @command_line
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="a run's directory, a torch_dist checkpoint or a Hugging Face one"
-    )
+    add_model_arguments(parser)
     parser.add_argument("--what", type=names, default=WHAT, metavar="NAME,...", help=f"of {', '.join(WHAT)}; all")
     parser.add_argument(
         "--data", help=".npy of tokens [sequences, length + 1], or a prefix of tools/preprocess_data.py"
     )
     parser.add_argument("--sequences", type=int, metavar="N", help="the first N")
     parser.add_argument("--lengths", type=lengths, default=[], metavar="T,...", help="of sequences, cut to these")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of weights and activations")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
-    parser.add_argument("--expert-parallel-size", type=int, default=1, metavar="N")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     arguments = parser.parse_args()
     request = Request(
