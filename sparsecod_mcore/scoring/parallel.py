@@ -27,14 +27,16 @@ def initialise(tensor: int = 1, expert: int = 1, seed: int = 1234) -> None:
         else:
             backend = "nccl" if platform.has_gpu() else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if parallel_state.model_parallel_is_initialized():
-        return
     world = dist.get_world_size()
     if tensor < 1 or expert < 1 or world % (tensor * expert):
         raise UserError(
             f"{world} processes are not divisible by tensor x expert parallel size {tensor} x {expert}; "
             "pipeline and context parallelism are not used for scoring"
         )
+    if parallel_state.model_parallel_is_initialized():
+        assert parallel_state.get_tensor_model_parallel_world_size() == tensor
+        assert parallel_state.get_expert_model_parallel_world_size() == expert
+        return
     parallel_state.initialize_model_parallel(tensor, expert_model_parallel_size=expert)
     model_parallel_cuda_manual_seed(seed)
 
