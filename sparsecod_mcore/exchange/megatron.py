@@ -1,8 +1,8 @@
 """Megatron's torch_dist checkpoints, of any parallel layout, loaded without trusting them.
 
 Such a checkpoint holds pickles: ``.metadata``, which names the tensors' places, and the arguments of the run.
-PyTorch opens the first without restriction, so it is gone through beforehand with every class refused that such a file
-does not need; all else is loaded with ``weights_only``, whatever the caller asks for.
+PyTorch opens the first without restriction, so `read_metadata` goes through it beforehand; all else is loaded with
+``weights_only``, whatever the caller asks for.
 """
 
 import os
@@ -11,10 +11,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
-import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
@@ -23,43 +21,7 @@ from megatron.core.safe_globals import register_safe_globals
 
 from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.train import checkpoints
-
-_DCP = "torch.distributed.checkpoint"
-_NEEDED_BY_METADATA = {
-    (f"{_DCP}.metadata", "Metadata"),
-    (f"{_DCP}.metadata", "MetadataIndex"),
-    (f"{_DCP}.metadata", "TensorStorageMetadata"),
-    (f"{_DCP}.metadata", "BytesStorageMetadata"),
-    (f"{_DCP}.metadata", "ChunkStorageMetadata"),
-    (f"{_DCP}.metadata", "TensorProperties"),
-    (f"{_DCP}.metadata", "StorageMeta"),
-    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
-    (f"{_DCP}.filesystem", "_StorageInfo"),
-    (f"{_DCP}.filesystem", "_StoragePrefix"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and (module, name) not in _NEEDED_BY_METADATA:
-            raise UserError(f"{module}.{name}")
-        return super().find_class(module, name)
-
-
-def _refuse_foreign_pickles(checkpoint: Path) -> None:
-    path = checkpoint / ".metadata"
-    try:
-        with path.open("rb") as file:
-            _MetadataUnpickler(file).load()
-    except UserError as error:
-        raise UserError(f"{path} is refused: it wants {error}, which no checkpoint's metadata needs") from None
-    except Exception as error:  # damaged pickles fail in any way
-        raise UserError(f"{path} is not readable ({type(error).__name__})") from None
+from sparsecod_mcore.train.checkpoint_metadata import read_metadata
 
 
 @contextmanager
@@ -94,7 +56,7 @@ def find_checkpoint(path: Path) -> Path | None:
 
 def read_arguments(checkpoint: Path) -> Namespace:
     """The arguments that the model was trained with."""
-    _refuse_foreign_pickles(checkpoint)
+    read_metadata(checkpoint)
     try:
         with _weights_only():
             arguments = load_common_state_dict(checkpoint).get("args")
@@ -108,7 +70,7 @@ def read_arguments(checkpoint: Path) -> Namespace:
 
 def load_weights(model: GPTModel, checkpoint: Path) -> None:
     """Copy the checkpoint's weights into `model`, whose layout may be another. Collective over all ranks."""
-    _refuse_foreign_pickles(checkpoint)
+    read_metadata(checkpoint)
     try:
         with _weights_only():
             metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=load_common_state_dict(checkpoint))

@@ -32,7 +32,8 @@ class MeasuredResidualAdd(torch.nn.Module):
     """y = dropout(branch + bias) + residual; on measured steps its moments are accumulated in the same pass.
 
     Counted: training forwards that will have a backward, each microbatch once. Under full recomputation the first,
-    gradient-free forward is passed over and the recomputed one counts. An add bound to no layer never measures.
+    gradient-free forward is passed over and the recomputed one counts. An add bound to no layer never measures; one
+    that is bound in evaluation measures every forward.
     """
 
     def __init__(self) -> None:
@@ -40,14 +41,16 @@ class MeasuredResidualAdd(torch.nn.Module):
         self._source: SumsSource | None = None
         self._layer = -1
         self._add = -1
+        self._in_evaluation = False
 
-    def bind(self, source: SumsSource, layer: int, add: int) -> None:
+    def bind(self, source: SumsSource | None, layer: int, add: int, *, in_evaluation: bool = False) -> None:
         """Measure into `source` as residual add `add` of layer `layer`, counted from 0 over the whole model."""
         self._source, self._layer, self._add = source, layer, add
+        self._in_evaluation = in_evaluation
 
     def forward(self, training: bool, fused: bool) -> Add:
         """Megatron's protocol: return the function that adds. `fused` is moot, the add is one kernel anyway."""
-        source = self._source if training else None
+        source = self._source if training or self._in_evaluation else None
         moments = None if source is None else source.moments(self._layer, self._add)
 
         def add(
@@ -63,7 +66,8 @@ class MeasuredResidualAdd(torch.nn.Module):
                 branch = torch.nn.functional.dropout(branch, p=dropout)
             # Under full recomputation Megatron enables gradients around the add in both forwards; what the branch
             # carries tells them apart.
-            if source is not None and moments is not None and branch.requires_grad and torch.is_grad_enabled():
+            counts = self._in_evaluation or (branch.requires_grad and torch.is_grad_enabled())
+            if source is not None and moments is not None and counts:
                 columns = source.columns(self._layer, self._add, lambda: _token_mean(branch) + _token_mean(residual))
                 return residual_add_moments(branch, residual, moments, columns=columns)
             return residual + branch
@@ -75,10 +79,12 @@ def _token_mean(x: torch.Tensor) -> torch.Tensor:
     return x.detach().flatten(0, -2).mean(0, dtype=torch.float32)
 
 
-def bind_residual_adds(model_chunks: Sequence[MegatronModule], source: SumsSource) -> None:
-    """Bind the residual adds of all decoder layers in `model_chunks` to `source`."""
+def bind_residual_adds(
+    model_chunks: Sequence[MegatronModule], source: SumsSource | None, *, in_evaluation: bool = False
+) -> None:
+    """Bind the residual adds of all decoder layers in `model_chunks` to `source`, or to none."""
     for chunk in model_chunks:
         for layer in chunk.decoder.layers:
             assert isinstance(layer, TransformerLayer), type(layer)
-            layer.self_attn_bda.bind(source, layer.layer_number - 1, ATTENTION_ADD)
-            layer.mlp_bda.bind(source, layer.layer_number - 1, MLP_ADD)
+            for add, module in ((ATTENTION_ADD, layer.self_attn_bda), (MLP_ADD, layer.mlp_bda)):
+                module.bind(source, layer.layer_number - 1, add, in_evaluation=in_evaluation)

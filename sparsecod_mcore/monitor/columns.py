@@ -3,7 +3,7 @@
 Axes: L layers of the whole model, A residual adds of a layer, C sums of a column, D hidden dimensions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -52,10 +52,13 @@ class DimensionMoments:
         self.mean_LAD, self.variance_LAD = mean_LAD, second_LAD
         self.kurtosis_LAD = torch.where(second_LAD == 0, 0, fourth_LAD / second_LAD.square())
 
-    def statistics(self) -> LayerStatistics:
-        """The layer's kurtosis (Eq. 20: the mean over dimensions), and the largest of a dimension."""
+    def statistics(self, streams: Mapping[int, str] = SUM_STREAM) -> LayerStatistics:
+        """The layer's kurtosis (Eq. 20: the mean over dimensions), and the largest of a dimension.
+
+        `streams` names what was measured in the place of each add.
+        """
         statistics: LayerStatistics = {}
-        for add, stream in SUM_STREAM.items():
+        for add, stream in streams.items():
             statistics[stream, "dimension_kurtosis"] = self.kurtosis_LAD[:, add].mean(-1)
             statistics[stream, "max_dimension_kurtosis"] = self.kurtosis_LAD[:, add].amax(-1)
         return statistics

@@ -232,16 +232,15 @@ def _attention(scores: Scores) -> Figure | None:
     lengths = sorted(scores.attention.lengths.items(), key=lambda item: int(item[0]))
     figure = Figure(figsize=(10, 4), layout="constrained")
     entropy, sparsity = figure.subplots(1, 2)
-    for place, ((length, attention), colour) in enumerate(zip(lengths, _colours(len(lengths)), strict=True)):
-        heads_LH = np.array(attention.entropy_heads)
-        entropy.fill_between(
-            range(scores.layers), heads_LH.min(1), heads_LH.max(1), color=colour, alpha=0.12, linewidth=0
-        )
+    length, longest = lengths[-1]
+    heads_LH = np.array(longest.entropy_heads)
+    shade = {"color": EVEN_COLOURS(1.0), "alpha": 0.12, "linewidth": 0}
+    entropy.fill_between(range(scores.layers), heads_LH.min(1), heads_LH.max(1), **shade)
+    for place, ((tokens, attention), colour) in enumerate(zip(lengths, _colours(len(lengths)), strict=True)):
         marker = MARKERS[place % len(MARKERS)]
         style = {"color": colour, "marker": marker, "markevery": mark_every(scores.layers)}
-        entropy.plot(attention.entropy, label=f"{length} tokens", **style)
-    entropy.set(title="Entropy of attention, its heads shaded", ylabel="nats", ylim=(0, None))
-    length, longest = lengths[-1]
+        entropy.plot(attention.entropy, label=f"{tokens} tokens", **style)
+    entropy.set(title=f"Entropy of attention (shaded: heads over {length} tokens)", ylabel="nats", ylim=(0, None))
     _draw_sparsity(sparsity, longest.sparsity_causal, "A")
     sparsity.set(title=f"Sparsity of attention over {length} tokens", ylabel="share of visible entries", ylim=(0, 1))
     for axes in (entropy, sparsity):
@@ -274,7 +273,7 @@ def _draw_sparsity(axes: Axes, sparsity: dict[str, list[float]], what: str) -> N
 
 
 def _colours(count: int) -> list[tuple[float, float, float, float]]:
-    return [EVEN_COLOURS(place) for place in np.linspace(0.15, 1, count)]
+    return [EVEN_COLOURS(place) for place in (np.linspace(0.15, 1, count) if count > 1 else [1.0])]
 
 
 def _count_layers(axes: Axes, num_layers: int) -> None:

@@ -1,10 +1,11 @@
-"""Plain-text tables of a run."""
+"""Plain-text tables of a run, and of what was measured of a model."""
 
 from pathlib import Path
 
 import numpy as np
 
 from sparsecod_mcore.monitor.parquet import read_statistics
+from sparsecod_mcore.scoring.results import SPARSITY_THRESHOLDS, Scores
 
 _HEADINGS = (
     "layer", "attention", "after attention", "mlp", "layer output", "growth", "covariance share",
@@ -40,6 +41,25 @@ def variance_table(run_directory: Path) -> str:
     iterations_I, tokens_I, _ = statistics.series("layer_output", "variance")
     title = f"Variance by layer after iteration {iterations_I[-1]:,} ({tokens_I[-1]:,} training tokens)"
     return f"{title}\n\n{_aligned([list(_HEADINGS), *rows])}\n\n{_LEGEND}"
+
+
+def sparsity_table(scores: Scores) -> str:
+    """Sparsity of weights and attention, entropy, variance and kurtosis by layer, as far as they were measured."""
+    threshold = str(max(SPARSITY_THRESHOLDS))
+    columns = {}
+    if scores.weight_sparsity is not None:
+        columns[f"weights < {threshold}"] = [f"{share:.3%}" for share in scores.weight_sparsity.layers[threshold]]
+    for length, attention in scores.attention.lengths.items() if scores.attention is not None else ():
+        columns[f"attention < {threshold}, {length}"] = [
+            f"{share:.2%}" for share in attention.sparsity_causal[threshold]
+        ]
+        columns[f"entropy, {length}"] = [f"{nats:.3f}" for nats in attention.entropy]
+    if scores.moments is not None:
+        stream = scores.moments.streams["layer_output"]
+        for heading, statistic in (("variance", "variance"), ("kurtosis", "dimension_kurtosis")):
+            columns[heading] = [_number(value) for value in stream[statistic]]
+    layers = [str(layer) for layer in range(scores.layers)]
+    return _aligned([["layer", *columns], *map(list, zip(layers, *columns.values(), strict=True))])
 
 
 def _number(value: float) -> str:

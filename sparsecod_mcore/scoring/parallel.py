@@ -5,6 +5,8 @@ that would hold different tokens in training, those ranks work on the same token
 """
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,14 +27,16 @@ def initialise(tensor: int = 1, expert: int = 1, seed: int = 1234) -> None:
         else:
             backend = "nccl" if platform.has_gpu() else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if parallel_state.model_parallel_is_initialized():
-        return
     world = dist.get_world_size()
     if tensor < 1 or expert < 1 or world % (tensor * expert):
         raise UserError(
             f"{world} processes are not divisible by tensor x expert parallel size {tensor} x {expert}; "
             "pipeline and context parallelism are not used for scoring"
         )
+    if parallel_state.model_parallel_is_initialized():
+        assert parallel_state.get_tensor_model_parallel_world_size() == tensor
+        assert parallel_state.get_expert_model_parallel_world_size() == expert
+        return
     parallel_state.initialize_model_parallel(tensor, expert_model_parallel_size=expert)
     model_parallel_cuda_manual_seed(seed)
 
@@ -47,6 +51,41 @@ def workers() -> int:
     return parallel_state.get_expert_data_parallel_world_size()
 
 
-def device() -> torch.device:
-    """Where this rank computes."""
-    return torch.device("cuda", torch.cuda.current_device()) if platform.has_gpu() else platform.CPU
+def is_first_of_worker() -> bool:
+    """Whether this rank speaks for its worker."""
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_expert_model_parallel_rank() == 0
+
+
+def is_first() -> bool:
+    """Whether this rank speaks for all."""
+    return dist.get_rank() == 0
+
+
+def sum_over_workers(tensor: torch.Tensor) -> None:
+    """Make `tensor` the sum of all workers'. Collective."""
+    if workers() > 1:
+        dist.all_reduce(tensor, group=parallel_state.get_expert_data_parallel_group())
+
+
+def gather_from_workers[T](item: T) -> list[T]:
+    """Every worker's `item`, in their order. Collective."""
+    if workers() == 1:
+        return [item]
+    items: list[Any] = [None] * workers()
+    dist.all_gather_object(items, item, group=parallel_state.get_expert_data_parallel_group())
+    return items
+
+
+def from_first[T](make: Callable[[], T]) -> T:
+    """What `make` returns on the first rank, on every rank. Collective; a `UserError` of it is raised on all."""
+    answer: list[Any] = [None]
+    if is_first():
+        try:
+            answer[0] = make()
+        except UserError as error:
+            answer[0] = error
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]

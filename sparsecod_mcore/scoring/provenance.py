@@ -7,8 +7,36 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from sparsecod_mcore import __version__
+from sparsecod_mcore.scoring.results import Dtype, Provenance
+
+
+def provenance_of(
+    model: str,
+    model_files: Iterable[Path],
+    data: str | None,
+    tokens_NT: npt.NDArray[np.integer] | None,
+    *,
+    dtype: Dtype,
+    device: torch.device,
+    options: dict[str, str],
+    seed: int | None = None,
+) -> Provenance:
+    """Of figures of `model`, which was read from `model_files`, on `tokens_NT` [N, T + 1], T of which are inputs."""
+    return Provenance(
+        model=model,
+        model_sha256=hash_files(model_files),
+        data=data,
+        data_sha256=None if tokens_NT is None else hash_tokens(tokens_NT),
+        tokens=None if tokens_NT is None else tokens_NT[:, 1:].size,
+        dtype=dtype,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        seed=seed,
+        options=options,
+        versions=package_versions(),
+    )
 
 
 def hash_files(files: Iterable[Path]) -> str:

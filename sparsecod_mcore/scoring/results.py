@@ -24,6 +24,7 @@ CURVE_THRESHOLDS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 type Values = list[float]
 type Matrix = list[list[float]]
+type Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +35,10 @@ class Provenance:
     model_sha256: str
     data: str | None = None
     data_sha256: str | None = None  # of the tokens that were scored
-    tokens: int | None = axes(low=1, default=None)  # that were predicted
-    dtype: Literal["float32", "bfloat16", "float16", "float64"]
+    tokens: int | None = axes(low=1, default=None)  # inputs that were scored
+    dtype: Dtype
     device: str
-    seed: int
+    seed: int | None = None  # None where nothing was drawn at random
     options: dict[str, str]  # choices that change figures, such as {"compat": "reference"}
     versions: dict[str, str]
 
@@ -234,7 +235,7 @@ class Moments:
 class Scores:
     """All that was measured of one model in one run; None what was not."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = axes(in_table=False, default=SCHEMA_VERSION)
     provenance: Provenance = axes(in_table=False)
     layers: int = axes(low=1)
     sequences: int | None = axes(low=1, default=None)
@@ -302,9 +303,6 @@ def _table(scores: Scores) -> bytes:
     writer = csv.writer(output, lineterminator="\n")
     writer.writerow(COLUMNS)
     for entry in entries(scores):
-        is_figure = isinstance(entry.value, int | float) and not isinstance(entry.value, bool)
-        if not is_figure or not entry.axes.in_table or entry.path[0] in ("provenance", "schema_version"):
-            continue
         place = dict(entry.place)
         is_lower_half = "layer" in place and int(place["layer"]) >= int(place.get("other_layer", scores.layers))
         if is_lower_half and entry.path[0] != "similarity":

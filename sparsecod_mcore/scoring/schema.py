@@ -9,7 +9,6 @@ measured is NaN, in the file it is null.
 import dataclasses
 import json
 import math
-import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -54,39 +53,48 @@ def fraction(*names: str) -> Any:
 
 @dataclass(frozen=True)
 class Entry:
-    """A number, string or null of a document: the fields that lead to it, its place along their axes, its bounds."""
+    """A number of a document: the fields that lead to it, and its place along their axes."""
 
     path: tuple[str, ...]
     place: Mapping[str, int | str]
-    value: Any
-    axes: Axes
+    value: float | int
 
     def __str__(self) -> str:
         return ".".join(self.path) + "".join(f"[{axis} {index}]" for axis, index in self.place.items())
 
 
 def entries(document: Any) -> Iterator[Entry]:
-    """Every leaf of a dataclass, in the order of its fields."""
-    yield from _entries(document, (), {}, (), Axes())
+    """The numbers that a table has rows of, in the order of the fields."""
+    yield from _entries(document, (), {}, ())
 
 
 def _entries(
-    value: Any, path: tuple[str, ...], place: Mapping[str, int | str], names: tuple[str, ...], declared: Axes
+    value: Any, path: tuple[str, ...], place: Mapping[str, int | str], names: tuple[str, ...]
 ) -> Iterator[Entry]:
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
-            of_field = _axes(field)
-            yield from _entries(getattr(value, field.name), (*path, field.name), place, of_field.names, of_field)
+            declared = _axes(field)
+            if declared.in_table:
+                yield from _entries(getattr(value, field.name), (*path, field.name), place, declared.names)
     elif isinstance(value, list | dict):
         axis, *inner = names or ("item",)
         for index, item in enumerate(value) if isinstance(value, list) else value.items():
-            yield from _entries(item, path, {**place, axis: index}, tuple(inner), declared)
-    else:
-        yield Entry(path, place, value, declared)
+            yield from _entries(item, path, {**place, axis: index}, tuple(inner))
+    elif _is_number(value):
+        yield Entry(path, place, value)
 
 
 def _axes(field: "dataclasses.Field[Any]") -> Axes:
     return field.metadata.get("axes", Axes())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool)
+
+
+def _is_of_floats(value: Any) -> bool:
+    """Such lists are gone through at once: matrices hold millions."""
+    return isinstance(value, list) and len(value) > 0 and isinstance(value[0], float)
 
 
 def check(document: Any, **known_lengths: int) -> None:
@@ -95,27 +103,27 @@ def check(document: Any, **known_lengths: int) -> None:
     `known_lengths` says how long those of some axes have to be.
     """
     lengths = {axis: (length, f"the number of {axis}s") for axis, length in known_lengths.items()}
-    _check_lengths(document, "", (), lengths)
-    for entry in entries(document):
-        if isinstance(entry.value, float | int) and not math.isnan(entry.value):
-            low, high = entry.axes.low, entry.axes.high
-            if not low <= entry.value <= high:
-                raise Malformed(f"{entry} is {entry.value}, not from {low:g} to {high:g}")
+    _check(document, "", Axes(), lengths)
 
 
-def _check_lengths(value: Any, where: str, names: tuple[str, ...], lengths: dict[str, tuple[int, str]]) -> None:
+def _check(value: Any, where: str, declared: Axes, lengths: dict[str, tuple[int, str]]) -> None:
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
-            _check_lengths(getattr(value, field.name), f"{where}.{field.name}".lstrip("."), _axes(field).names, lengths)
+            _check(getattr(value, field.name), f"{where}.{field.name}".lstrip("."), _axes(field), lengths)
     elif isinstance(value, list | dict):
-        axis, *inner = names or ("item",)
+        axis, *inner = declared.names or ("item",)
         axis = _SAME_AXIS.get(axis, axis)
-        if isinstance(value, list) and names:
+        if isinstance(value, list) and declared.names:
             length, first = lengths.setdefault(axis, (len(value), f"that of {where}"))
             if length != len(value):
                 raise Malformed(f"{where} has a list of {len(value)} by {axis}, but {first} is {length}")
+        if _is_of_floats(value) and (declared.low, declared.high) == (-math.inf, math.inf):
+            return
+        within = dataclasses.replace(declared, names=tuple(inner))
         for item in value if isinstance(value, list) else value.values():
-            _check_lengths(item, where, tuple(inner), lengths)
+            _check(item, where, within, lengths)
+    elif _is_number(value) and not math.isnan(value) and not declared.low <= value <= declared.high:
+        raise Malformed(f"{where} is {value}, not from {declared.low:g} to {declared.high:g}")
 
 
 def decode[T](kind: type[T], content: Any) -> T:
@@ -136,6 +144,8 @@ def _decode(kind: Any, content: Any, where: str) -> Any:
         return content
     if origin is list:
         _expect(isinstance(content, list), "a list", content, where)
+        if arguments[0] is float and all(type(item) is float for item in content):
+            return content
         return [_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(content)]
     if origin is dict:
         _expect(isinstance(content, dict), "an object", content, where)
@@ -145,7 +155,7 @@ def _decode(kind: Any, content: Any, where: str) -> Any:
     if kind is float:
         if content is None:
             return math.nan
-        _expect(isinstance(content, float | int) and not isinstance(content, bool), "a number", content, where)
+        _expect(_is_number(content), "a number", content, where)
         return float(content)
     assert kind in (int, str, bool), kind
     _expect(type(content) is kind, {int: "an integer", str: "a string", bool: "true or false"}[kind], content, where)
@@ -171,24 +181,25 @@ def _expect(holds: bool, what: str, content: Any, where: str) -> None:
 
 
 def encode(document: Any) -> bytes:
-    """The document as JSON. Equal documents give equal bytes. Fields that are None are left out."""
-    text = json.dumps(_plain(document), indent=1, ensure_ascii=False, allow_nan=False)
-    # A list of figures on one line. Only between values can there be a line break: strings have theirs escaped.
-    return (re.sub(r"\[\n\s*([^\[\]{}]*?)\n\s*\]", _on_one_line, text) + "\n").encode()
+    """The document as JSON, lists of figures on one line. Equal documents give equal bytes; None is left out."""
+    return (_encoded(document, "\n") + "\n").encode()
 
 
-def _on_one_line(match: re.Match[str]) -> str:
-    return "[" + re.sub(r"\n\s*", " ", match[1]) + "]"
-
-
-def _plain(value: Any) -> Any:
+def _encoded(value: Any, line_break: str) -> str:
+    within = line_break + " "
     if dataclasses.is_dataclass(value):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {name: _plain(item) for name, item in fields.items() if item is not None}
+        return _encoded({name: item for name, item in fields.items() if item is not None}, line_break)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        items = [f"{_scalar(key)}: {_encoded(item, within)}" for key, item in value.items()]
+        return f"{{{within}{f',{within}'.join(items)}{line_break}}}" if items else "{}"
     if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+        if _is_of_floats(value):
+            return json.dumps([item if math.isfinite(item) else None for item in value], allow_nan=False)
+        return f"[{within}{f',{within}'.join(_encoded(item, within) for item in value)}{line_break}]" if value else "[]"
+    return _scalar(value)
+
+
+def _scalar(value: Any) -> str:
+    is_missing = isinstance(value, float) and not math.isfinite(value)
+    return json.dumps(None if is_missing else value, ensure_ascii=False)

@@ -15,6 +15,8 @@ from sparsecod_mcore.exchange.hugging_face import HuggingFaceModel, load_paramet
 from sparsecod_mcore.model.build import build_model, evaluation_arguments
 from sparsecod_mcore.scoring import parallel
 
+_LOGITS_AT_ONCE = 1 << 24  # 64 MiB of float32
+
 POSITION_EMBEDDINGS = ("rope", "learned_absolute", "none")
 
 
@@ -59,7 +61,21 @@ class Stack:
 
     @torch.no_grad()
     def losses(self, hidden_SBD: torch.Tensor, targets_BS: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy [B, S] in nats of `targets_BS`, from h_L: final norm, output layer, softmax in float32."""
+        """Cross-entropy [B, S] in nats of `targets_BS`, from h_L: final norm, output layer, softmax in float32.
+
+        Some tokens at a time: the logits of all of them may be larger than everything else together.
+        """
+        S, B, D = hidden_SBD.shape
+        tokens_at_once = max(1, _LOGITS_AT_ONCE // self.model.output_layer.output_size_per_partition)
+        parts = zip(
+            hidden_SBD.reshape(S * B, 1, D).split(tokens_at_once),
+            targets_BS.T.reshape(1, S * B).split(tokens_at_once, dim=1),
+            strict=True,
+        )
+        losses_1N = torch.cat([self._losses(hidden_N1D, targets_1N) for hidden_N1D, targets_1N in parts], dim=1)
+        return losses_1N.view(S, B).T
+
+    def _losses(self, hidden_SBD: torch.Tensor, targets_BS: torch.Tensor) -> torch.Tensor:
         model = self.model
         tied = model.share_embeddings_and_output_weights
         weight_VD = model.shared_embedding_or_output_weight() if tied else None

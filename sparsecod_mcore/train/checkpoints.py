@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
-from torch.distributed.checkpoint import FileSystemReader
+
+from sparsecod_mcore.errors import UserError
+from sparsecod_mcore.train.checkpoint_metadata import read_metadata
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -79,9 +81,9 @@ def _cut_file(checkpoint: Path) -> str | None:
     if not (checkpoint / "metadata.json").exists():
         return f"{checkpoint / 'metadata.json'} is missing"
     try:
-        metadata = FileSystemReader(checkpoint).read_metadata()
-    except Exception as error:  # damaged pickles fail in any way
-        return f"{checkpoint / '.metadata'} is not readable ({type(error).__name__})"
+        metadata = read_metadata(checkpoint)
+    except UserError as error:
+        return str(error)
     needed: dict[str, int] = {}
     for item in metadata.storage_data.values():
         needed[item.relative_path] = max(needed.get(item.relative_path, 0), item.offset + item.length)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsecod_mcore.data import progress as progress_module
+from sparsecod_mcore import progress as progress_module
 from sparsecod_mcore.data.progress import Progress
 
 REPOSITORY = Path(__file__).parents[2]

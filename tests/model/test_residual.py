@@ -57,6 +57,17 @@ def test_what_does_not_count(add: MeasuredResidualAdd, buffer: MomentsBuffer) ->
     assert not buffer.moments_ILAM.any()
 
 
+def test_every_forward_counts_where_it_is_bound_in_evaluation(add: MeasuredResidualAdd, buffer: MomentsBuffer) -> None:
+    branch, residual, bias = (x.detach() for x in operands())
+    add.bind(buffer, 1, MLP_ADD, in_evaluation=True)
+    with torch.no_grad():
+        summed = add(False, False)((branch, bias), residual, 0.5)
+    assert tokens(buffer) == S * B and torch.equal(summed, residual + (branch + bias))
+    add.bind(None, 1, MLP_ADD)
+    add(False, False)((branch, bias), residual, 0.0)
+    assert tokens(buffer) == S * B
+
+
 def test_recomputation_counts_once(add: MeasuredResidualAdd, buffer: MomentsBuffer) -> None:
     branch, residual, _ = operands()
 

@@ -1,0 +1,140 @@
+"""From a model and tokens to its scores."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sparsecod_mcore.data.atomic import make_folder
+from sparsecod_mcore.errors import UserError
+from sparsecod_mcore.report.score_figures import save_score_figures
+from sparsecod_mcore.scoring import parallel
+from sparsecod_mcore.scoring.engine import Engine, Unchanged
+from sparsecod_mcore.scoring.interventions import by_first
+from sparsecod_mcore.scoring.plan import Plan, make_plan
+from sparsecod_mcore.scoring.provenance import provenance_of
+from sparsecod_mcore.scoring.registry import check_names, make_scores
+from sparsecod_mcore.scoring.results import Provenance, Scores, write_scores
+from sparsecod_mcore.scoring.score import Measured, Options
+from sparsecod_mcore.scoring.sequences import check_sequences, load_sequences
+from sparsecod_mcore.scoring.stack import Stack, load_stack, model_files
+from sparsecod_mcore.scoring.summary import summary
+from sparsecod_mcore.scoring.work_file import UnitSums, WorkFiles
+
+DTYPES: dict[Literal["float32", "bfloat16"], torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be scored, and how."""
+
+    model: str
+    data: str
+    names: Sequence[str]
+    out: Path
+    sequences: int | None = None
+    length: int | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    tensor: int = 1  # parallel size
+    expert: int = 1  # parallel size
+    budget: int | None = None  # bytes beside the model's own
+    options: Options = field(default_factory=Options)
+
+
+def score_model(request: Request) -> Scores:
+    """Score the model and write scores.json and scores.csv; the same call goes on where it was interrupted.
+
+    Collective under torchrun. Raises `UserError` for what the user can mend, before anything is computed.
+    """
+    check_names(request.names)
+    tokens_NT = load_sequences(request.data, request.sequences, request.length)
+    stack = load_stack(Path(request.model), DTYPES[request.dtype], tensor=request.tensor, expert=request.expert)
+    tokens = check_sequences(tokens_NT, stack, request.data)
+    if stack.num_layers < 2:
+        raise UserError(f"{request.model} has one layer; scores compare layers, so two or more are needed")
+    parallel.from_first(lambda: make_folder(request.out))
+    scores = make_scores(request.names, stack, request.options)
+    plan = make_plan(stack, scores, len(tokens), tokens.shape[1] - 1, request.budget)
+    provenance = parallel.from_first(lambda: _provenance(request, stack, tokens_NT))
+    files = WorkFiles(request.out / "unfinished", _fingerprint(request, plan, provenance))
+    engine = Engine(stack, tokens, plan)
+    unchanged = engine.run_unchanged(scores)
+    groups = by_first(item for score in scores for item in score.interventions())
+    measured = _measured(stack, tokens, unchanged, engine.run_units(groups, files))
+    for score in scores:
+        measured.finished[score.name] = score.result(measured)
+    found = Scores(
+        provenance=provenance,
+        layers=stack.num_layers,
+        sequences=len(tokens),
+        length=tokens.shape[1] - 1,
+        loss=measured.loss,
+        **measured.finished,
+    )
+    parallel.from_first(lambda: _write(request.out, found, files))
+    return found
+
+
+def _provenance(request: Request, stack: Stack, tokens_NT: NDArray[np.int64]) -> Provenance:
+    sample = request.options.sampled_pairs
+    return provenance_of(
+        request.model,
+        model_files(Path(request.model)),
+        request.data,
+        tokens_NT,
+        dtype=request.dtype,
+        device=stack.device,
+        options={"compat": request.options.compat, "pairs": "all" if sample is None else f"sample:{sample}"},
+        seed=request.options.seed,
+    )
+
+
+def _fingerprint(request: Request, plan: Plan, provenance: Provenance) -> str:
+    """Of everything that a unit's figures depend on, to the last bit."""
+    layout = {"tensor": request.tensor, "expert": request.expert, "scores": sorted(request.names)}
+    made_from: list[Any] = [asdict(plan), asdict(replace(provenance, model="", data=None)), layout]
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+
+def _measured(stack: Stack, tokens_NT: torch.Tensor, unchanged: Unchanged, units: Sequence[UnitSums]) -> Measured:
+    """From sums to means over all tokens."""
+    count = tokens_NT[:, 1:].numel()
+    losses: dict[str, float] = {}
+    changes: dict[str, list[float]] = {}
+    for unit in units:
+        for name, loss in unit["losses"].items():
+            losses[name] = losses.get(name, 0.0) + loss
+        for name, added in unit["changes"].items():
+            sums = changes.setdefault(name, [0.0] * len(added))
+            changes[name] = [a + b for a, b in zip(sums, added, strict=True)]
+    return Measured(
+        stack=stack,
+        tokens_NT=tokens_NT,
+        loss=unchanged.loss / count,
+        contributions_L=[value / count for value in unchanged.contributions_L],
+        losses={name: loss / count for name, loss in losses.items()},
+        changes={name: [value / count for value in values] for name, values in changes.items()},
+        finished={},
+    )
+
+
+def _write(out: Path, scores: Scores, files: WorkFiles) -> None:
+    write_scores(out, scores)
+    files.remove()
+
+
+def score_and_show(request: Request) -> None:
+    """`score_model`, figures of what it found, and a summary on the screen. Collective under torchrun."""
+    scores = score_model(request)
+
+    def show() -> None:
+        figures = save_score_figures(request.out / "scores.json", request.out / "figures")
+        print(f"{summary(scores)}\n{request.out}: scores.json, scores.csv and {len(figures)} figures")
+
+    parallel.from_first(show)

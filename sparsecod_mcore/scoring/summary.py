@@ -1,0 +1,23 @@
+"""The scores of a model in a few lines."""
+
+from sparsecod_mcore.scoring.results import Scores
+
+
+def summary(scores: Scores) -> str:
+    """What a user wants to know first, a line per score."""
+    lines = []
+    if scores.loss is not None:
+        lines.append(f"loss {scores.loss:.4f} nats per token, {scores.sequences} sequences of {scores.length}")
+    for name, score in (("causal", scores.causal), ("permutation", scores.permutation)):
+        if score is not None:
+            sampled = score.interval
+            reach = "" if sampled is None else f" [{sampled.low:.4f}, {sampled.high:.4f}], {sampled.pairs} pairs"
+            lines.append(f"{name} score {score.score:.4f}{reach}")
+    if scores.usefulness is not None:
+        held_out = scores.usefulness.held_out
+        beside = "" if held_out is None else f"; {held_out.score:.4f} with maps fitted on other sequences"
+        lines.append(f"usefulness score {scores.usefulness.scored.score:.4f}{beside}")
+    if scores.effective_depth is not None:
+        depth = scores.effective_depth
+        lines.append(f"E = {depth.effective} effective layers, W = {depth.wasted} wasted, of {scores.layers}")
+    return "\n".join(lines)

@@ -1,0 +1,208 @@
+"""Scores against the reference's, and across parallel layouts, interruptions and memory budgets."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+
+from sparsecod_mcore.exchange.hugging_face import HuggingFaceModel
+from sparsecod_mcore.model.build import evaluation_arguments
+from sparsecod_mcore.scoring import plan
+from sparsecod_mcore.scoring.registry import DEFAULT_SCORES, make_scores
+from sparsecod_mcore.scoring.results import Scores, read_scores
+from sparsecod_mcore.scoring.run import Request, score_model
+from sparsecod_mcore.scoring.schema import entries
+from sparsecod_mcore.scoring.score import Options
+from sparsecod_mcore.scoring.stack import load_stack
+from tests.distributed.jobs import REPOSITORY, TORCHRUN, environment
+from tests.scoring.random_models import GQA, MOE, random_tokens, save_random_checkpoint
+
+TOOL = str(REPOSITORY / "tools" / "score_layers.py")
+EVERY = ",".join(DEFAULT_SCORES)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the jobs have; and on a busy machine threads of small models wait for each other most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def score(model: Path, data: Path, out: Path, names: str = EVERY, **options: object) -> Scores:
+    return score_model(Request(model=str(model), data=str(data), names=names.split(","), out=out, **options))
+
+
+def assert_same_figures(found: Scores, expected: Scores, tolerance: float) -> None:
+    for figure, wanted in zip(entries(found), entries(expected), strict=True):
+        assert str(figure) == str(wanted)
+        if figure.path[0] != "provenance" and isinstance(wanted.value, float):
+            assert figure.value == pytest.approx(wanted.value, rel=tolerance, abs=tolerance, nan_ok=True), str(wanted)
+
+
+def test_the_reference_is_reproduced(tmp_path: Path, shared_data: Path) -> None:
+    """Every figure of expected_scores.json that interventions give, to 1e-4 relative."""
+    folder = shared_data / "stories260k"
+    expected = json.loads((folder / "expected_scores.json").read_text())
+    scores = score(folder, folder / "tokens.npy", tmp_path)
+    assert read_scores(tmp_path / "scores.json") == scores
+    assert scores.causal and scores.permutation and scores.usefulness and scores.skip and scores.effective_depth
+    for found, wanted in (
+        (scores.loss, expected["loss"]),
+        (scores.causal.matrix, expected["causal"]["matrix"]),
+        (scores.causal.score, expected["causal"]["score"]),
+        (scores.skip.loss, expected["causal"]["skip_loss"]),
+        (scores.permutation.matrix, expected["permutation"]["matrix"]),
+        (scores.permutation.score, expected["permutation"]["score"]),
+        (scores.usefulness.scored.relative_loss_increase, expected["usefulness"]["relative_loss_increase"]),
+        (scores.usefulness.scored.score, expected["usefulness"]["score"]),
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    assert (scores.effective_depth.effective, scores.effective_depth.wasted) == (5, 0)
+    assert scores.usefulness.held_out is not None
+    # Fitted on half the sequences, and on none of those that are scored: a little worse, never better.
+    for other, same in zip(
+        scores.usefulness.held_out.relative_loss_increase, scores.usefulness.scored.relative_loss_increase, strict=True
+    ):
+        assert same < other < 1.1 * same
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.csv", "scores.json"]
+
+
+def save_as_megatron(model: Path, folder: Path) -> None:
+    """A Hugging Face directory as a torch_dist checkpoint."""
+    args = evaluation_arguments(HuggingFaceModel(model).settings, torch.float32)
+    folder.mkdir()
+    dist_checkpointing.save({"model": load_stack(model).model.sharded_state_dict(), "args": args}, str(folder))
+
+
+@pytest.mark.distributed
+def test_parallel_layouts_agree(tmp_path: Path, shared_data: Path) -> None:
+    """A checkpoint at TP2 and DP2, and experts at EP2 and DP2, against the same model in one process."""
+    pretrained = shared_data / "stories260k"
+    tokens = tmp_path / "tokens.npy"
+    np.save(tokens, np.load(pretrained / "tokens.npy")[:5, :49])  # an odd number, in two halves
+    moe_tokens = tmp_path / "moe.npy"
+    np.save(moe_tokens, random_tokens(3, 40).numpy())
+    expected = score(pretrained, tokens, tmp_path / "dense")
+    save_as_megatron(pretrained, tmp_path / "dense.ckpt")
+    save_random_checkpoint(MOE, tmp_path / "moe.ckpt")
+    moe_scores = "skip,moe,usefulness"
+    moe_expected = score(tmp_path / "moe.ckpt", moe_tokens, tmp_path / "moe", moe_scores)
+    dense, moe = f"{tmp_path / 'dense.ckpt'}={tokens}", f"{tmp_path / 'moe.ckpt'}={moe_tokens}"
+    words = [*TORCHRUN, "--nproc-per-node", "2", str(Path(__file__).with_name("score_job.py")), str(tmp_path)]
+    words += [f"tp2:2:1:{EVERY}={dense}", f"dp2:1:1:{EVERY}={dense}"]
+    words += [f"moe-ep2:1:2:{moe_scores}={moe}", f"moe-dp2:1:1:{moe_scores}={moe}"]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("tp2", "dp2"):
+        assert_same_figures(read_scores(tmp_path / name / "scores.json"), expected, 1e-5)
+    for name in ("moe-ep2", "moe-dp2"):
+        assert_same_figures(read_scores(tmp_path / name / "scores.json"), moe_expected, 1e-5)
+
+
+@pytest.fixture
+def random_model(tmp_path: Path) -> tuple[Path, Path]:
+    """A checkpoint of a GQA model, and tokens."""
+    save_random_checkpoint(GQA | {"num_layers": 5}, tmp_path / "model")
+    np.save(tmp_path / "tokens.npy", random_tokens(8, 65).numpy())
+    return tmp_path / "model", tmp_path / "tokens.npy"
+
+
+def test_a_killed_run_goes_on(random_model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kill -9 between two units; the second run measures only the rest, and ends with the same bytes."""
+    model, tokens = random_model
+    slow = tmp_path / "slow.py"  # the tool, with time to be killed between two units
+    slow.write_text(
+        "import runpy, time\n"
+        "from sparsecod_mcore.scoring import work_file\n"
+        "append = work_file.WorkFiles.append\n"
+        "def slowly(*arguments):\n"
+        "    append(*arguments)\n"
+        "    time.sleep(0.5)\n"
+        "work_file.WorkFiles.append = slowly\n"
+        f"runpy.run_path({TOOL!r}, run_name='__main__')\n"
+    )
+    words = [sys.executable, str(slow), "--model", str(model), "--data", str(tokens), "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    record = tmp_path / "killed" / "unfinished" / "worker-0.jsonl"
+    while not (record.exists() and record.read_text().count("\n") >= 3):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    measured = record.read_text()
+    record.write_text(measured + measured[: len(measured) // 7])  # a line that was cut off
+
+    run: list[str] = []
+    plain = plan.share_of
+    monkeypatch.setattr(
+        "sparsecod_mcore.scoring.engine.share_of",
+        lambda units, *rest: run.extend(unit.name for unit in units) or plain(units, *rest),
+    )
+    score(model, tokens, tmp_path / "killed")
+    left = len(run)
+    score(model, tokens, tmp_path / "whole")
+    assert len(run) - left - left == measured.count("\n") >= 3
+    for name in ("scores.json", "scores.csv"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "killed" / "unfinished").exists()
+
+
+def test_chunks_and_batches_make_no_difference(
+    random_model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sequences at a time, one intervention at a time; eight and all at once; and within a memory budget."""
+    model, tokens = random_model
+    expected = score(model, tokens, tmp_path / "together")
+    monkeypatch.setitem(plan.TOKENS_AT_ONCE, "cpu", 128)
+    assert_same_figures(score(model, tokens, tmp_path / "apart"), expected, 2e-5)
+    monkeypatch.undo()
+    stack = load_stack(model)
+    scores = make_scores(DEFAULT_SCORES, stack, Options())
+    budget = sum(made.held_bytes() for made in scores) + plan.bytes_per_token(stack) * 64 * 5 // 2
+    chosen = plan.make_plan(stack, scores, 8, 64, budget).chunks
+    assert [chunk.end - chunk.begin for chunk in chosen] == [2, 2, 2, 2]
+    assert_same_figures(score(model, tokens, tmp_path / "budget", budget=budget), expected, 2e-5)
+
+
+def test_sampled_pairs(random_model: tuple[Path, Path], tmp_path: Path) -> None:
+    model, tokens = random_model
+    every = score(model, tokens, tmp_path / "all", "permutation").permutation
+    some = score(model, tokens, tmp_path / "some", "permutation", options=Options(sampled_pairs=6)).permutation
+    assert every is not None and every.interval is None
+    assert some is not None and some.interval is not None and some.interval.pairs == 6
+    known = [(i, j) for i in range(5) for j in range(i + 1, 5) if not np.isnan(some.matrix[i][j])]
+    assert len(known) == 6
+    values = [some.matrix[i][j] for i, j in known]
+    np.testing.assert_allclose(values, [every.matrix[i][j] for i, j in known], rtol=1e-5)
+    # By hand: mean ± 1.96 · s / √6 · √(1 − 6/10).
+    reach = 1.959964 * np.std(values, ddof=1) / 6**0.5 * 0.4**0.5
+    assert some.score == pytest.approx(np.mean(values))
+    assert (some.interval.low, some.interval.high) == pytest.approx((some.score - reach, some.score + reach))
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+    """Zeroed experts work again afterwards, in this process too."""
+    from sparsecod_mcore.scoring.interventions import ZeroExperts
+
+    save_random_checkpoint(MOE, tmp_path / "moe")
+    stack = load_stack(tmp_path / "moe")
+    hidden_SBD = stack.embed(random_tokens(2, 9))
+    usual_SBD = stack.layer(1, hidden_SBD)
+    zeroed_SBD = ZeroExperts(1).enter(stack, hidden_SBD, 0)
+    layer = stack.layers[1]
+    attended_SBD, _ = layer._forward_attention(hidden_SBD, rotary_pos_emb=stack._rotary_embedding(9))
+    shared_SBD = layer.mlp.shared_experts(layer.pre_mlp_layernorm(attended_SBD))
+    torch.testing.assert_close(zeroed_SBD, attended_SBD + shared_SBD)
+    assert torch.equal(stack.layer(1, hidden_SBD), usual_SBD) and not torch.allclose(zeroed_SBD, usual_SBD)
+    parallel_state.destroy_model_parallel()
