@@ -43,6 +43,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, metavar="T", help="tokens of a sequence that are inputs")
     parser.add_argument("--pairs", default="all", metavar="sample:N", help="permutation of N pairs, with an interval")
     parser.add_argument(
+        "--jacobian", default="all", metavar="probes:N", help="norms from N directions, not the whole matrix"
+    )
+    parser.add_argument(
+        "--jacobian-sequences", type=int, default=8, metavar="N", help="that Jacobians are of (default: %(default)s)"
+    )
+    parser.add_argument(
         "--compat", choices=("paper", "reference"), default="paper", help="reference: as published scripts"
     )
     parser.add_argument("--seed", type=int, default=1234, help="of the sample of pairs (default: %(default)s)")
@@ -60,17 +66,24 @@ def main() -> None:
             tensor=arguments.tensor_parallel_size,
             expert=arguments.expert_parallel_size,
             budget=None if arguments.memory_budget is None else int(arguments.memory_budget * 2**30),
-            options=Options(compat=arguments.compat, sampled_pairs=_sample(arguments.pairs), seed=arguments.seed),
+            options=Options(
+                compat=arguments.compat,
+                sampled_pairs=_count_of("sample", "--pairs", arguments.pairs),
+                jacobian_sequences=arguments.jacobian_sequences,
+                jacobian_probes=_count_of("probes", "--jacobian", arguments.jacobian),
+                seed=arguments.seed,
+            ),
         )
     )
 
 
-def _sample(pairs: str) -> int | None:
-    if pairs == "all":
+def _count_of(kind: str, flag: str, given: str) -> int | None:
+    """N of ``KIND:N``; None for ``all``."""
+    if given == "all":
         return None
-    kind, _, count = pairs.partition(":")
-    if kind != "sample" or not count.isdigit() or int(count) < 2:
-        raise UserError(f"--pairs {pairs} is given; all, or sample:N with N of 2 or more, is accepted")
+    word, _, count = given.partition(":")
+    if word != kind or not count.isdigit() or int(count) < 2:
+        raise UserError(f"{flag} {given} is given; all, or {kind}:N with N of 2 or more, is accepted")
     return int(count)
 
 

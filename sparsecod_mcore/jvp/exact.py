@@ -1,4 +1,4 @@
-"""The token-averaged Jacobian of a layer as a matrix, column by column in batches."""
+"""The token-averaged Jacobian of a layer, as a matrix or along many directions, in batches."""
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -7,10 +7,15 @@ from torch import Tensor
 from sparsecod_mcore.jvp.attention import Rotary
 from sparsecod_mcore.jvp.layer import probe_branches
 
+DIRECTIONS_AT_ONCE = 16
 
-@torch.no_grad()
+
 def deviation_sums(
-    layer: TransformerLayer, hidden_SBD: Tensor, rotary_pos_emb: Rotary = None, *, columns_per_batch: int = 16
+    layer: TransformerLayer,
+    hidden_SBD: Tensor,
+    rotary_pos_emb: Rotary = None,
+    *,
+    at_once: int = DIRECTIONS_AT_ONCE,
 ) -> Tensor:
     """Sum over the tokens of [S, B, D] of (J - I) e_k, e_k at every token: [D, D] float64, row k for e_k.
 
@@ -19,8 +24,20 @@ def deviation_sums(
     """
     width = hidden_SBD.shape[-1]
     unit_DD = torch.eye(width, dtype=hidden_SBD.dtype, device=hidden_SBD.device)
+    return directional_sums(layer, hidden_SBD, unit_DD, rotary_pos_emb, at_once=at_once)
+
+
+def directional_sums(
+    layer: TransformerLayer,
+    hidden_SBD: Tensor,
+    shared_PD: Tensor,
+    rotary_pos_emb: Rotary = None,
+    *,
+    at_once: int = DIRECTIONS_AT_ONCE,
+) -> Tensor:
+    """Sum over the tokens of [S, B, D] of (J - I) v, v of `shared_PD` at every token: [P, D] float64. Collective."""
     sums = []
-    for unit_PD in unit_DD.split(columns_per_batch):
-        probed = probe_branches(layer, hidden_SBD, unit_PD, rotary_pos_emb=rotary_pos_emb)
+    for few_PD in shared_PD.split(at_once):
+        probed = probe_branches(layer, hidden_SBD, few_PD, rotary_pos_emb=rotary_pos_emb)
         sums.append(probed.attention_sums + probed.mlp_sums)
     return torch.cat(sums)

@@ -54,10 +54,10 @@ def jacobian_statistics(sums: ProbeSums, sequences_L: Tensor, *, along_residual:
     for stream, name in enumerate(STREAMS):
         parts = slice(None) if stream == 0 else slice(stream - 1, stream)
         mean_LPD = sums.shared_LRPD[:, parts].sum(1) / tokens_L11
-        square, square_error = _mean_and_error(mean_LPD.square().sum(-1))
-        trace, trace_error = _mean_and_error(sums.products_LRP[:, parts].sum(1) / tokens_L11[..., 0])
-        statistics[name, "deviation"] = square.sqrt() / width
-        statistics[name, "deviation_error"] = square_error / (2 * square.sqrt() * width)
+        norm, norm_error = norm_and_error(mean_LPD)
+        trace, trace_error = trace_and_error(sums.products_LRP[:, parts].sum(1) / tokens_L11[..., 0])
+        statistics[name, "deviation"] = norm / width
+        statistics[name, "deviation_error"] = norm_error / width
         statistics[name, "diagonal"] = 1 + trace / width
         statistics[name, "diagonal_error"] = trace_error / width
         total_L, total_of_squares_L = sums.squares_LTU[:, stream].unbind(-1)
@@ -73,8 +73,14 @@ def jacobian_statistics(sums: ProbeSums, sequences_L: Tensor, *, along_residual:
     return statistics
 
 
-def _mean_and_error(of_probes_LP: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over probes and its standard error."""
-    num_probes = of_probes_LP.shape[-1]
-    deviation_L = of_probes_LP.std(-1) if num_probes > 1 else torch.full_like(of_probes_LP[:, 0], torch.nan)
-    return of_probes_LP.mean(-1), deviation_L / num_probes**0.5
+def norm_and_error(of_probes_PD: Tensor) -> tuple[Tensor, Tensor]:
+    """||A||_F and its standard error, from A v [..., P, D] for P standard normal v."""
+    square, error = trace_and_error(of_probes_PD.square().sum(-1))
+    return square.sqrt(), error / (2 * square.sqrt())
+
+
+def trace_and_error(of_probes_P: Tensor) -> tuple[Tensor, Tensor]:
+    """tr(A) and its standard error, from v . A v [..., P]; the error of a single probe is NaN."""
+    num_probes = of_probes_P.shape[-1]
+    deviation = of_probes_P.std(-1) if num_probes > 1 else torch.full_like(of_probes_P[..., 0], torch.nan)
+    return of_probes_P.mean(-1), deviation / num_probes**0.5

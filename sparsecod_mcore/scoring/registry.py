@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from sparsecod_mcore.errors import UserError, nearest
 from sparsecod_mcore.scoring.causal import CausalScore
 from sparsecod_mcore.scoring.effective_depth import EffectiveDepthScore
+from sparsecod_mcore.scoring.jacobian import JacobianScore
 from sparsecod_mcore.scoring.moe import MoEScore
 from sparsecod_mcore.scoring.permutation import PermutationScore
 from sparsecod_mcore.scoring.score import Options, Score
@@ -23,6 +24,7 @@ SCORES: dict[str, type[Score]] = {
         EffectiveDepthScore,
         SkipScore,
         SimilarityScore,
+        JacobianScore,
         MoEScore,
     )
 }

@@ -136,8 +136,10 @@ class LayerJacobian:
     """Of the token-averaged Jacobian J̄ of one layer, d wide. None where probes cannot tell."""
 
     deviation: float = axes(low=0.0)  # ‖J̄ − I‖_F / d
+    deviation_error: float | None = axes(low=0.0, default=None)  # standard error over probes
     off_diagonal: float | None = axes(low=0.0, default=None)  # norm of what is off the diagonal / √(d² − d)
     diagonal_mean: float
+    diagonal_mean_error: float | None = axes(low=0.0, default=None)  # standard error over probes
     diagonal_std: float | None = axes(low=0.0, default=None)
     frobenius: float | None = axes(low=0.0, default=None)
     spectral: float | None = axes(low=0.0, default=None)

@@ -53,6 +53,10 @@ def score_model(request: Request) -> Scores:
     Collective under torchrun. Raises `UserError` for what the user can mend, before anything is computed.
     """
     check_names(request.names)
+    if request.options.jacobian_sequences < 1:
+        raise UserError(
+            f"Jacobians of {request.options.jacobian_sequences} sequences are asked for; 1 or more are accepted"
+        )
     tokens_NT = load_sequences(request.data, request.sequences, request.length)
     stack = load_stack(Path(request.model), DTYPES[request.dtype], tensor=request.tensor, expert=request.expert)
     tokens = check_sequences(tokens_NT, stack, request.data)
@@ -82,7 +86,11 @@ def score_model(request: Request) -> Scores:
 
 
 def _provenance(request: Request, stack: Stack, tokens_NT: NDArray[np.int64]) -> Provenance:
-    sample = request.options.sampled_pairs
+    given = request.options
+    options: dict[str, str] = {"compat": given.compat, "pairs": _count_of("sample", given.sampled_pairs)}
+    if "jacobian" in request.names:
+        options |= {"jacobian_sequences": str(given.jacobian_sequences)}
+        options |= {"jacobian": _count_of("probes", given.jacobian_probes)}
     return provenance_of(
         request.model,
         model_files(Path(request.model)),
@@ -90,9 +98,13 @@ def _provenance(request: Request, stack: Stack, tokens_NT: NDArray[np.int64]) ->
         tokens_NT,
         dtype=request.dtype,
         device=stack.device,
-        options={"compat": request.options.compat, "pairs": "all" if sample is None else f"sample:{sample}"},
+        options=options,
         seed=request.options.seed,
     )
+
+
+def _count_of(kind: str, count: int | None) -> str:
+    return "all" if count is None else f"{kind}:{count}"
 
 
 def _fingerprint(request: Request, plan: Plan, provenance: Provenance) -> str:

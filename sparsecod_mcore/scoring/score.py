@@ -20,6 +20,8 @@ class Options:
 
     compat: Literal["paper", "reference"] = "paper"
     sampled_pairs: int | None = None  # of layers, for scores over pairs; None for all
+    jacobian_sequences: int = 8  # of which Jacobians are taken
+    jacobian_probes: int | None = None  # random directions; None for all of the matrix
     seed: int = 1234
 
 

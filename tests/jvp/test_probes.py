@@ -42,7 +42,7 @@ def noise(iteration: int = 1) -> Noise:
 def test_exact_sums_are_those_of_the_whole_jacobian(layer: torch.nn.Module) -> None:
     hidden = hidden_states()
     expected = whole_jacobian(layer, hidden)["jacobian"].sum((0, 1, 3, 4))  # over tokens out and tokens in
-    found = deviation_sums(layer, hidden, columns_per_batch=5)
+    found = deviation_sums(layer, hidden, at_once=5)
     torch.testing.assert_close(found.T, expected, rtol=1e-9, atol=1e-9)
 
 
