@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from sparsecod_mcore.errors import UserError, nearest
+from sparsecod_mcore.scoring.at_rest import AttentionScore, MomentsScore, WeightSparsityScore
 from sparsecod_mcore.scoring.causal import CausalScore
 from sparsecod_mcore.scoring.effective_depth import EffectiveDepthScore
 from sparsecod_mcore.scoring.jacobian import JacobianScore
@@ -25,10 +26,13 @@ SCORES: dict[str, type[Score]] = {
         SkipScore,
         SimilarityScore,
         JacobianScore,
+        WeightSparsityScore,
+        AttentionScore,
+        MomentsScore,
         MoEScore,
     )
 }
-DEFAULT_SCORES = ("causal", "permutation", "usefulness", "effective_depth", "skip", "similarity")
+DEFAULT_SCORES = tuple(name for name in SCORES if name != MoEScore.name)  # which not every model has
 
 
 def check_names(names: Sequence[str]) -> None:
