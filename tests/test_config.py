@@ -67,6 +67,8 @@ def test_numbers_and_lists(tmp_path: Path) -> None:
         ("- 1", "must hold a mapping"),
         ("lr: abc", "--lr"),
         ("cod: {stats_interval: -1}", "-1 is given"),
+        ("cod: {jacobian_probes: 0}", "0 is given, 1 or more is accepted"),
+        ("cod: {jacobian_directions: up}", "'noise', 'residual'"),
         ("position_embedding_type: rop", "rop"),
     ],
 )

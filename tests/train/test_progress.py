@@ -4,7 +4,9 @@ import json
 import math
 from pathlib import Path
 
-from sparsecod_mcore.train.progress import RunLog, Throughput, duration, training_line
+import torch
+
+from sparsecod_mcore.train.progress import RunLog, Throughput, duration, last_layer_variance, training_line
 
 
 def test_resuming_drops_later_records_and_a_torn_line(tmp_path: Path) -> None:
@@ -46,3 +48,11 @@ def test_training_line() -> None:
     assert "MFU 41.0%" in training_line(record | {"mfu": 0.41, "seconds_per_step": 2.0}, 100)
     assert "not measured" in training_line(record | {"seconds_per_step": 2.0}, 100)
     assert duration(3723.4) == "1:02:03"
+
+
+def test_last_layer_variance_is_of_the_latest_step_that_measured_it() -> None:
+    measured = {("layer_output", "variance"): torch.tensor([1.0, 2.0])}
+    probed = {("jacobian", "deviation"): torch.tensor([0.5, 0.5])}
+    collected = {2: measured, 3: probed, 4: {("layer_output", "variance"): torch.tensor([3.0, 4.0])}}
+    assert last_layer_variance(collected, 3) == 2.0
+    assert last_layer_variance({3: probed}, 3) is None
