@@ -62,6 +62,28 @@ def sparsity_table(scores: Scores) -> str:
     return _aligned([["layer", *columns], *map(list, zip(layers, *columns.values(), strict=True))])
 
 
+def jacobian_table(run_directory: Path) -> str:
+    """How far each layer's Jacobian was from the identity when it was last probed, with standard errors.
+
+    Raises UserError where the run directory holds no such statistics.
+    """
+    statistics = read_statistics(run_directory / "stats")
+    iterations_I, _, _ = statistics.series("jacobian", "deviation")
+    columns: dict[str, np.ndarray] = {
+        heading: statistics.series(stream, statistic).values_IL[-1]
+        for heading, stream, statistic in (
+            ("|J - I| / D", "jacobian", "deviation"),
+            ("+-", "jacobian", "deviation_error"),
+            ("attention", "jacobian_attention", "deviation"),
+            ("mlp", "jacobian_mlp", "deviation"),
+            ("tr J / D", "jacobian", "diagonal"),
+        )
+    }
+    rows = [[str(layer), *map(_number, values)] for layer, values in enumerate(zip(*columns.values(), strict=True))]
+    title = f"Distance from the identity by layer, probed at iteration {iterations_I[-1]:,} (docs/jacobian.md)"
+    return f"{title}\n\n{_aligned([['layer', *columns], *rows])}"
+
+
 def _number(value: float) -> str:
     """Four significant digits, trailing zeros included."""
     return f"{value:#.4g}".rstrip(".")

@@ -1,9 +1,11 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sparsecod_mcore.errors import UserError
-from sparsecod_mcore.report.tables import variance_table
+from sparsecod_mcore.monitor.parquet import ParquetSink
+from sparsecod_mcore.report.tables import jacobian_table, variance_table
 from tests.report.variance_run import write_run
 
 
@@ -20,6 +22,22 @@ def test_table_of_the_last_iteration(tmp_path: Path) -> None:
         ["2", "0.5000", "3.080", "0.5000", "3.620", "1.425x", "2.2%"],
     ]
     assert len({len(line) for line in (headings, rule, *rows)}) == 1, "columns are aligned"
+
+
+def test_table_of_jacobians(tmp_path: Path) -> None:
+    sink = ParquetSink(tmp_path / "stats", 0)
+    for iteration, scale in ((100, 1.0), (200, 0.5)):
+        of_layers = {
+            (stream, statistic): np.array([0.5, 0.125]) * scale
+            for stream in ("jacobian", "jacobian_attention", "jacobian_mlp")
+            for statistic in ("deviation", "deviation_error", "diagonal")
+        }
+        sink.append(iteration, 1000, of_layers)
+    sink.flush()
+    title, _, headings, _, *rows = jacobian_table(tmp_path).splitlines()
+    assert "probed at iteration 200" in title
+    assert headings.split()[0] == "layer" and len(headings) == len(rows[0])
+    assert [row.split() for row in rows] == [["0", *["0.2500"] * 5], ["1", *["0.06250"] * 5]]
 
 
 def test_a_directory_without_statistics_is_the_users_mistake(tmp_path: Path) -> None:
