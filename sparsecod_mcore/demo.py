@@ -1,4 +1,4 @@
-"""The demo: from text to a trained model with its variance pictured, on any machine and without data files."""
+"""The demo: from text to a trained model, its variance pictured and its layers scored, on any machine without data."""
 
 import hashlib
 import json
@@ -7,6 +7,8 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+import yaml
 
 from sparsecod_mcore.data import (
     Corpus,
@@ -23,6 +25,7 @@ from sparsecod_mcore.report.tables import variance_table
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = Path("examples/configs/micro.yaml")
 VOCABULARY_SIZE = 4096
+SCORED_SEQUENCES = 8
 
 
 def run_demo(corpus_path: str | None, tokenizer: Path | None) -> None:
@@ -47,6 +50,7 @@ def run_demo(corpus_path: str | None, tokenizer: Path | None) -> None:
     data = run / "data" / "text"
     preprocess(corpus, data, tokenizer)
     _train(run, data, tokenizer)
+    _score(run, data)
     _show(run, unigram_perplexity(f"{data}_valid"))
 
 
@@ -59,10 +63,30 @@ def _train(run: Path, data: Path, tokenizer: Path) -> None:
     command = ["torchrun", "--standalone", "examples/pretrain_cod.py", "--config", str(CONFIG)]
     command += ["--cod-data", str(data), "--cod-tokenizer", str(tokenizer), "--cod-run-dir", str(run)]
     command += ["--full-validation"]
-    print(f"\n$ {shlex.join(command)}", flush=True)
+    _run(command, [sys.executable, "-m", "torch.distributed.run", *command[1:]])
+
+
+def _score(run: Path, data: Path) -> None:
+    """A few held-out sequences: enough to tell layers apart, in well under a minute."""
+    command = [
+        "python",
+        "tools/score_layers.py",
+        "--model",
+        str(run),
+        "--data",
+        str(data),
+        "--out",
+        str(run / "scores"),
+    ]
+    command += ["--length", str(yaml.safe_load(CONFIG.read_text())["seq_length"]), "--sequences", str(SCORED_SEQUENCES)]
+    _run(command, [sys.executable, *command[1:]])
+
+
+def _run(shown: list[str], command: list[str]) -> None:
+    """Run a command as a user would who types `shown`; end with its exit code if it fails."""
+    print(f"\n$ {shlex.join(shown)}", flush=True)
     threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}  # torchrun would give one
-    launcher = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
-    if code := subprocess.run(launcher, env=threads | os.environ, check=False).returncode:
+    if code := subprocess.run(command, env=threads | os.environ, check=False).returncode:
         sys.exit(code)
 
 
