@@ -105,8 +105,9 @@ class Plain:
         useful = [(self.loss(self.changed(index, self.substitute(index))) - loss) / loss for index in layers]
         return {"permutation": swaps, "skip": skips, "usefulness": useful, "causal": self.causal()}
 
-    def causal(self) -> Figures | Any:
-        changes, usual = defaultdict(float), defaultdict(float)
+    def causal(self) -> list[float]:
+        changes: dict[tuple[int, int], float] = defaultdict(float)
+        usual: dict[int, float] = defaultdict(float)
         for (hiddens, _), *skipped in zip(
             self.passes(self.usual),
             *(self.passes(self.changed(s, lambda hidden_SBD: hidden_SBD)) for s in range(self.stack.num_layers)),

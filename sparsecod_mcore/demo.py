@@ -21,6 +21,8 @@ from sparsecod_mcore.data import (
 )
 from sparsecod_mcore.report.figures import save_variance_figure
 from sparsecod_mcore.report.tables import variance_table
+from sparsecod_mcore.scoring.results import read_scores
+from sparsecod_mcore.scoring.summary import summary
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = Path("examples/configs/micro.yaml")
@@ -50,8 +52,8 @@ def run_demo(corpus_path: str | None, tokenizer: Path | None) -> None:
     data = run / "data" / "text"
     preprocess(corpus, data, tokenizer)
     _train(run, data, tokenizer)
-    _score(run, data)
     _show(run, unigram_perplexity(f"{data}_valid"))
+    _score(run, data)
 
 
 def _fingerprint(corpus: Corpus, tokenizer: Path | None) -> str:
@@ -67,19 +69,16 @@ def _train(run: Path, data: Path, tokenizer: Path) -> None:
 
 
 def _score(run: Path, data: Path) -> None:
-    """A few held-out sequences: enough to tell layers apart, in well under a minute."""
-    command = [
-        "python",
-        "tools/score_layers.py",
-        "--model",
-        str(run),
-        "--data",
-        str(data),
-        "--out",
-        str(run / "scores"),
-    ]
-    command += ["--length", str(yaml.safe_load(CONFIG.read_text())["seq_length"]), "--sequences", str(SCORED_SEQUENCES)]
-    _run(command, [sys.executable, *command[1:]])
+    """Score a few held-out sequences: enough to tell layers apart, in well under a minute."""
+    out = run / "scores"
+    if (out / "scores.json").exists():
+        print(f"\n{summary(read_scores(out / 'scores.json'))}")
+        return
+    length = yaml.safe_load(CONFIG.read_text())["seq_length"]
+    arguments = ["--model", str(run), "--data", str(data), "--out", str(out)]
+    arguments += ["--length", str(length), "--sequences", str(SCORED_SEQUENCES)]
+    command = ["tools/score_layers.py", *arguments]
+    _run(["python", *command], [sys.executable, *command])
 
 
 def _run(shown: list[str], command: list[str]) -> None:

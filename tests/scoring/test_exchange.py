@@ -115,7 +115,9 @@ def test_settings() -> None:
 
 def test_tensors_that_do_not_belong_are_refused(tmp_path: Path) -> None:
     tensors = random_tensors()
-    with pytest.raises(UserError, match=r"has a tensor model\.layers\.2\.bias, which its config.json does not account for"):
+    with pytest.raises(
+        UserError, match=r"has a tensor model\.layers\.2\.bias, which its config.json does not account for"
+    ):
         load_stack(save(tmp_path / "more", tensors | {"model.layers.2.bias": torch.ones(3)}))
     with pytest.raises(
         UserError, match=r"word_embeddings.weight has the shape \[32, 16\], config.json implies \[40, 16\]"
