@@ -13,7 +13,7 @@ TEST_JOBS := 2
 .PHONY: help demo test test-slow check gpu-check build clean
 
 help:
-	@echo "make demo       train a small model and picture its variance (CORPUS=path TOKENIZER=path to use your own)"
+	@echo "make demo       train a small model, picture its variance, score its layers (CORPUS=path TOKENIZER=path to use your own)"
 	@echo "make test       run the tests that take seconds"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make check      lint, formatting and types"

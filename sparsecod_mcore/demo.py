@@ -1,4 +1,4 @@
-"""The demo: from text to a trained model with its variance pictured, on any machine and without data files."""
+"""The demo: from text to a trained model, its variance pictured and its layers scored, on any machine without data."""
 
 import hashlib
 import json
@@ -7,6 +7,8 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+import yaml
 
 from sparsecod_mcore.data import (
     Corpus,
@@ -19,10 +21,13 @@ from sparsecod_mcore.data import (
 )
 from sparsecod_mcore.report.figures import save_variance_figure
 from sparsecod_mcore.report.tables import variance_table
+from sparsecod_mcore.scoring.results import read_scores
+from sparsecod_mcore.scoring.summary import summary
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = Path("examples/configs/micro.yaml")
 VOCABULARY_SIZE = 4096
+SCORED_SEQUENCES = 8
 
 
 def run_demo(corpus_path: str | None, tokenizer: Path | None) -> None:
@@ -48,6 +53,7 @@ def run_demo(corpus_path: str | None, tokenizer: Path | None) -> None:
     preprocess(corpus, data, tokenizer)
     _train(run, data, tokenizer)
     _show(run, unigram_perplexity(f"{data}_valid"))
+    _score(run, data)
 
 
 def _fingerprint(corpus: Corpus, tokenizer: Path | None) -> str:
@@ -59,10 +65,27 @@ def _train(run: Path, data: Path, tokenizer: Path) -> None:
     command = ["torchrun", "--standalone", "examples/pretrain_cod.py", "--config", str(CONFIG)]
     command += ["--cod-data", str(data), "--cod-tokenizer", str(tokenizer), "--cod-run-dir", str(run)]
     command += ["--full-validation"]
-    print(f"\n$ {shlex.join(command)}", flush=True)
+    _run(command, [sys.executable, "-m", "torch.distributed.run", *command[1:]])
+
+
+def _score(run: Path, data: Path) -> None:
+    """Score a few held-out sequences: enough to tell layers apart, in well under a minute."""
+    out = run / "scores"
+    if (out / "scores.json").exists():
+        print(f"\n{summary(read_scores(out / 'scores.json'))}")
+        return
+    length = yaml.safe_load(CONFIG.read_text())["seq_length"]
+    arguments = ["--model", str(run), "--data", str(data), "--out", str(out)]
+    arguments += ["--length", str(length), "--sequences", str(SCORED_SEQUENCES)]
+    command = ["tools/score_layers.py", *arguments]
+    _run(["python", *command], [sys.executable, *command])
+
+
+def _run(shown: list[str], command: list[str]) -> None:
+    """Run a command as a user would who types `shown`; end with its exit code if it fails."""
+    print(f"\n$ {shlex.join(shown)}", flush=True)
     threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}  # torchrun would give one
-    launcher = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
-    if code := subprocess.run(launcher, env=threads | os.environ, check=False).returncode:
+    if code := subprocess.run(command, env=threads | os.environ, check=False).returncode:
         sys.exit(code)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a small model on any text, or on docstrings, and show how its variance grows with depth."""
+"""Train a small model on any text, or on docstrings; show how its variance grows with depth, and score its layers."""
 
 from pathlib import Path
 

@@ -65,8 +65,11 @@ def evaluation_arguments(settings: Mapping[str, Any], dtype: torch.dtype) -> Nam
     return args
 
 
-def build_model(args: Namespace) -> GPTModel:
-    """A model in evaluation mode whose weights are yet to be loaded. Raises `UserError` if it cannot be cut so."""
+def build_model(args: Namespace, rope_scaling_factor: float | None = None) -> GPTModel:
+    """A model in evaluation mode whose weights are yet to be loaded. Raises `UserError` if it cannot be cut so.
+
+    Megatron's training passes over its own ``--rope-scaling-factor``; so models from elsewhere give it here.
+    """
     tensor, expert = args.tensor_model_parallel_size, args.expert_model_parallel_size
     whole = {"num_attention_heads": args.num_attention_heads, "vocabulary": args.padded_vocab_size}
     if args.group_query_attention and args.num_query_groups:
@@ -78,6 +81,8 @@ def build_model(args: Namespace) -> GPTModel:
         raise UserError(f"num_experts {args.num_experts} is not divisible by expert parallel size {expert}")
     model_config = gpt_config_from_args(args)
     model_config.transformer_layer_spec = measured_spec
+    if rope_scaling_factor is not None:
+        model_config.rope_scaling_factor = rope_scaling_factor
     try:
         model_config.finalize()
         groups = ProcessGroupCollection.use_mpu_process_groups()

@@ -9,8 +9,9 @@ from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.scoring.score import Chunk, Score
 from sparsecod_mcore.scoring.stack import Stack
 
-# As many tokens as matrix products need to run at full speed, and hardly more: the rest of a layer wants caches.
-TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 32768}
+# As many tokens as matrix products need to run at full speed, and hardly more: the rest of a layer wants caches, and
+# the C library gives memory of more than 32 MiB back to the system each time, to be asked for page by page again.
+TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def score_model(request: Request) -> Scores:
     engine = Engine(stack, tokens, plan)
     unchanged = engine.run_unchanged(scores)
     groups = by_first(item for score in scores for item in score.interventions())
-    measured = _measured(stack, tokens, unchanged, engine.run_units(groups, files))
+    measured = means(stack, tokens, unchanged, engine.run_units(groups, files))
     for score in scores:
         measured.finished[score.name] = score.result(measured)
     found = Scores(
@@ -114,7 +114,7 @@ def _fingerprint(request: Request, plan: Plan, provenance: Provenance) -> str:
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
-def _measured(stack: Stack, tokens_NT: torch.Tensor, unchanged: Unchanged, units: Sequence[UnitSums]) -> Measured:
+def means(stack: Stack, tokens_NT: torch.Tensor, unchanged: Unchanged, units: Sequence[UnitSums]) -> Measured:
     """From sums to means over all tokens."""
     count = tokens_NT[:, 1:].numel()
     losses: dict[str, float] = {}

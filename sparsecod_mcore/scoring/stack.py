@@ -15,7 +15,7 @@ from sparsecod_mcore.exchange.hugging_face import HuggingFaceModel, load_paramet
 from sparsecod_mcore.model.build import build_model, evaluation_arguments
 from sparsecod_mcore.scoring import parallel
 
-_LOGITS_AT_ONCE = 1 << 24  # 64 MiB of float32
+_LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 28}
 
 POSITION_EMBEDDINGS = ("rope", "learned_absolute", "none")
 
@@ -66,7 +66,7 @@ class Stack:
         Some tokens at a time: the logits of all of them may be larger than everything else together.
         """
         S, B, D = hidden_SBD.shape
-        tokens_at_once = max(1, _LOGITS_AT_ONCE // self.model.output_layer.output_size_per_partition)
+        tokens_at_once = max(1, _LOGITS_AT_ONCE[self.device.type] // self.model.output_layer.output_size_per_partition)
         parts = zip(
             hidden_SBD.reshape(S * B, 1, D).split(tokens_at_once),
             targets_BS.T.reshape(1, S * B).split(tokens_at_once, dim=1),
@@ -113,7 +113,7 @@ def load_stack(path: Path, dtype: torch.dtype = torch.float32, *, tensor: int = 
         assert checkpoint is not None
         settings = vars(megatron.read_arguments(checkpoint))
     args = evaluation_arguments(settings, dtype)
-    model = build_model(args)
+    model = build_model(args, None if source is None else settings.get("rope_scaling_factor"))
     if source is not None:
         load_parameters(model, source, model.pg_collection.tp.rank(), tensor)
     else:

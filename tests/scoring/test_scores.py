@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 
 from sparsecod_mcore.exchange.hugging_face import HuggingFaceModel
 from sparsecod_mcore.model.build import evaluation_arguments
 from sparsecod_mcore.scoring import plan
+from sparsecod_mcore.scoring.interventions import ZeroExperts
 from sparsecod_mcore.scoring.registry import DEFAULT_SCORES, make_scores
 from sparsecod_mcore.scoring.results import Scores, read_scores
 from sparsecod_mcore.scoring.run import Request, score_model
@@ -101,10 +102,11 @@ def test_parallel_layouts_agree(tmp_path: Path, shared_data: Path) -> None:
     dense, moe = f"{tmp_path / 'dense.ckpt'}={tokens}", f"{tmp_path / 'moe.ckpt'}={moe_tokens}"
     words = [*TORCHRUN, "--nproc-per-node", "2", str(Path(__file__).with_name("score_job.py")), str(tmp_path)]
     words += [f"tp2:2:1:{EVERY}={dense}", f"dp2:1:1:{EVERY}={dense}"]
+    words += [f"hf-tp2:2:1:{EVERY}={pretrained}={tokens}"]
     words += [f"moe-ep2:1:2:{moe_scores}={moe}", f"moe-dp2:1:1:{moe_scores}={moe}"]
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("tp2", "dp2"):
+    for name in ("tp2", "hf-tp2", "dp2"):
         assert_same_figures(read_scores(tmp_path / name / "scores.json"), expected, 1e-5)
     for name in ("moe-ep2", "moe-dp2"):
         assert_same_figures(read_scores(tmp_path / name / "scores.json"), moe_expected, 1e-5)
@@ -191,18 +193,92 @@ def test_sampled_pairs(random_model: tuple[Path, Path], tmp_path: Path) -> None:
     assert (some.interval.low, some.interval.high) == pytest.approx((some.score - reach, some.score + reach))
 
 
-def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
-    """Zeroed experts work again afterwards, in this process too."""
-    from sparsecod_mcore.scoring.interventions import ZeroExperts
+def test_experts(tmp_path: Path) -> None:
+    """Against routing and layers worked out by hand: the first layer is dense, the others have a shared expert."""
+    save_random_checkpoint(MOE, tmp_path / "model")
+    np.save(tmp_path / "tokens.npy", random_tokens(4, 33).numpy())
+    scores = score(tmp_path / "model", tmp_path / "tokens.npy", tmp_path / "out", "moe")
+    assert scores.moe is not None and list(scores.moe.layers) == ["1", "2"]
+    stack = load_stack(tmp_path / "model")
+    tokens_NT = random_tokens(4, 33)
 
+    def without_experts(layer: int, hidden_SBD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the layer gives when its routed experts give nothing, and which experts its router selects."""
+        module = stack.layers[layer]
+        attended_SBD, _ = module._forward_attention(hidden_SBD, rotary_pos_emb=stack.model.rotary_pos_emb(32))
+        x_SBD = module.pre_mlp_layernorm(attended_SBD)
+        selected = (x_SBD @ module.mlp.router.weight.T).topk(2).indices
+        return attended_SBD + module.mlp.shared_experts(x_SBD), selected
+
+    for layer in (1, 2):
+        found = scores.moe.layers[str(layer)]
+        hidden_SBD = stack.embed(tokens_NT[:, :-1])
+        for below in range(layer):
+            hidden_SBD = stack.layer(below, hidden_SBD)
+        usual_SBD = stack.layer(layer, hidden_SBD)
+        hidden_SBD, selected = without_experts(layer, hidden_SBD)
+        assert not torch.allclose(hidden_SBD, usual_SBD)
+        for above in range(layer + 1, 3):
+            hidden_SBD = stack.layer(above, hidden_SBD)
+        loss = stack.losses(hidden_SBD, tokens_NT[:, 1:]).double().mean().item()
+        frequency_E = np.bincount(selected.flatten(), minlength=4) / selected.numel()
+        assert found.loss == pytest.approx(loss, rel=1e-6)
+        assert found.relative_loss_increase == pytest.approx(loss / scores.loss - 1, rel=1e-4)
+        np.testing.assert_allclose(found.selection_frequency, frequency_E, rtol=1e-12)
+        assert found.balance == pytest.approx(1 - frequency_E.std() / frequency_E.mean())
+
+
+def test_zeroed_experts_work_again(tmp_path: Path) -> None:
     save_random_checkpoint(MOE, tmp_path / "moe")
     stack = load_stack(tmp_path / "moe")
     hidden_SBD = stack.embed(random_tokens(2, 9))
     usual_SBD = stack.layer(1, hidden_SBD)
-    zeroed_SBD = ZeroExperts(1).enter(stack, hidden_SBD, 0)
-    layer = stack.layers[1]
-    attended_SBD, _ = layer._forward_attention(hidden_SBD, rotary_pos_emb=stack._rotary_embedding(9))
-    shared_SBD = layer.mlp.shared_experts(layer.pre_mlp_layernorm(attended_SBD))
-    torch.testing.assert_close(zeroed_SBD, attended_SBD + shared_SBD)
-    assert torch.equal(stack.layer(1, hidden_SBD), usual_SBD) and not torch.allclose(zeroed_SBD, usual_SBD)
-    parallel_state.destroy_model_parallel()
+    ZeroExperts(1).enter(stack, hidden_SBD, 0)
+    assert torch.equal(stack.layer(1, hidden_SBD), usual_SBD)
+
+
+def test_similarity(random_model: tuple[Path, Path], tmp_path: Path) -> None:
+    model, tokens = random_model
+    similarity = score(model, tokens, tmp_path / "out", "similarity").similarity
+    stack = load_stack(model)
+    hidden_SBD = stack.embed(torch.from_numpy(np.load(tokens))[:, :-1])
+    means = []
+    for layer in range(stack.num_layers):
+        hidden_SBD = stack.layer(layer, hidden_SBD)
+        means.append(hidden_SBD.double().mean((0, 1)).numpy())
+    expected = [[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a in means] for b in means]
+    assert similarity is not None
+    np.testing.assert_allclose(similarity.matrix, expected, rtol=1e-5)
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from sparsecod_mcore import platform; platform.prepare()
+import torch
+from sparsecod_mcore.scoring import engine, interventions, plan, registry, score, work_file
+from tests.scoring.random_models import GQA, random_stack
+torch.set_num_threads(2)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+shape = dict(num_layers=16, hidden_size=512, ffn_hidden_size=1376, num_attention_heads=8, kv_channels=64)
+stack = random_stack(GQA | shape | dict(max_position_embeddings=512, vocab_size=4096, padded_vocab_size=4096), 0.03)
+tokens = torch.randint(4096, (64, 513))
+scores = registry.make_scores(registry.DEFAULT_SCORES, stack, score.Options())
+working = engine.Engine(stack, tokens, plan.make_plan(stack, scores, 64, 512, None))
+working.run_unchanged(scores)
+groups = interventions.by_first(item for made in scores for item in made.interventions())
+working.run_unit(plan.Unit(working.plan.chunks[0], 0), groups[0])  # the one with the most interventions
+taken = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+print(taken, sum(parameter.numel() for parameter in stack.model.parameters()) * 4)
+"""
+
+
+@pytest.mark.slow
+def test_memory_stays_within_hidden_states_and_weights() -> None:
+    """16 layers, width 512, 64 x 512 tokens: the run of the model as it is, and the unit that takes most."""
+    words = [sys.executable, "-c", MEMORY]
+    done = subprocess.run(words, env=environment() | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    taken, weights = map(int, done.stdout.split()[-2:])
+    hidden_states = 17 * 64 * 512 * 512 * 4
+    assert taken < hidden_states + 1.5 * weights, (taken, hidden_states, weights)
