@@ -20,7 +20,7 @@ from sparsecod_mcore.data import (
     unigram_perplexity,
 )
 from sparsecod_mcore.report.figures import save_variance_figure
-from sparsecod_mcore.report.tables import variance_table
+from sparsecod_mcore.report.tables import jacobian_table, variance_table
 from sparsecod_mcore.scoring.results import read_scores
 from sparsecod_mcore.scoring.summary import summary
 
@@ -93,7 +93,7 @@ def _show(run: Path, unigram: float) -> None:
     figures = save_variance_figure(run, run / "variance")
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     perplexity = [record["validation_perplexity"] for record in records if "validation_perplexity" in record][-1]
-    print(f"\n{variance_table(run)}\n")
+    print(f"\n{variance_table(run)}\n\n{jacobian_table(run)}\n")
     print(
         f"validation perplexity {perplexity:.1f}; unigram perplexity of the same tokens {unigram:.1f}, "
         f"{unigram / perplexity:.1f} times as high"
