@@ -130,8 +130,8 @@ Result on_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, co
   C10_CUDA_CHECK(sparsecod_flash_attention_jvp(
       input(0), input(1), input(2), input(3), input(4), input(5), output.mutable_data_ptr(),
       output_tangent.mutable_data_ptr(), log_sum_exp.mutable_data_ptr<float>(), dtype_of(q), q.size(0), q.size(1),
-      k.size(1), q.size(2), k.size(2), head_dim, strides.data(), probed ? output_tangent.size(0) : 1, probe_strides.data(),
-      static_cast<float>(scale_or_default(scale, q)), causal,
+      k.size(1), q.size(2), k.size(2), head_dim, strides.data(), probed ? output_tangent.size(0) : 1,
+      probe_strides.data(), static_cast<float>(scale_or_default(scale, q)), causal,
       c10::cuda::getCurrentCUDAStream()));
   return result;
 }

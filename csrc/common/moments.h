@@ -138,7 +138,11 @@ struct RowPowers {
   }
 
   SPARSECOD_HOST_DEVICE void add(V branch, V residual, V output) {
-    const V distance[NUM_OPERANDS] = {branch - mean[BRANCH], residual - mean[RESIDUAL], output - mean[OUTPUT]};
+    add_distances(branch - mean[BRANCH], residual - mean[RESIDUAL], output - mean[OUTPUT]);
+  }
+
+  SPARSECOD_HOST_DEVICE void add_distances(V branch, V residual, V output) {
+    const V distance[NUM_OPERANDS] = {branch, residual, output};
     for (int i = 0; i < NUM_OPERANDS; ++i) {
       const V square = distance[i] * distance[i];
       second[i] += square;

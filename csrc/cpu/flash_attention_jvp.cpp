@@ -7,7 +7,7 @@
 
 #include <algorithm>
 #include <memory>
-#include <new>
+#include <utility>
 
 #include "../common/softmax.h"
 #include "instruction_set.h"
@@ -63,207 +63,249 @@ class Scratch {
   // Columns of outputs and values are padded to `pitch` with zeros, queries to QUERIES.
   Scratch(int64_t head_dim, int64_t pitch, int64_t probes)
       : pitch(pitch), q_size(head_dim * QUERIES), output_size(QUERIES * pitch) {
-    Real** const arrays[] = {&q,     &q_tangent,     &k,           &k_tangent,    &v,      &v_tangent,
-                             &score, &score_tangent, &tangent_sum, &tangent_mean, &factor, &shift,
-                             &output, &output_tangent};
-    const int64_t sizes[] = {q_size,         probes * q_size, KEYS * head_dim,  KEYS * head_dim,  KEYS * pitch, KEYS * pitch,
-                             KEYS * QUERIES, KEYS * QUERIES,  probes * QUERIES, probes * QUERIES, QUERIES,      QUERIES,
-                             output_size,    probes * output_size};
-    static_assert(std::size(arrays) == std::size(sizes));
+    const std::pair<Real**, int64_t> arrays[] = {{&q, q_size},
+                                                 {&q_tangent, probes * q_size},
+                                                 {&k, KEYS * head_dim},
+                                                 {&k_tangent, KEYS * head_dim},
+                                                 {&v, KEYS * pitch},
+                                                 {&v_tangent, KEYS * pitch},
+                                                 {&score, KEYS * QUERIES},
+                                                 {&score_tangent, KEYS * QUERIES},
+                                                 {&tangent_sum, probes * QUERIES},
+                                                 {&tangent_mean, probes * QUERIES},
+                                                 {&factor, QUERIES},
+                                                 {&shift, QUERIES},
+                                                 {&output, output_size},
+                                                 {&output_tangent, probes * output_size}};
     constexpr int64_t LINE = 64 / sizeof(Real);
     int64_t total = LINE;
-    for (int64_t size : sizes) total += (size + LINE - 1) / LINE * LINE;
+    for (const auto& [array, size] : arrays) total += (size + LINE - 1) / LINE * LINE;
     memory_.reset(new Real[total]());
     Real* next = memory_.get() + (-reinterpret_cast<uintptr_t>(memory_.get()) % 64) / sizeof(Real);
-    for (size_t i = 0; i < std::size(arrays); next += (sizes[i++] + LINE - 1) / LINE * LINE) *arrays[i] = next;
+    for (const auto& [array, size] : arrays) {
+      *array = next;
+      next += (size + LINE - 1) / LINE * LINE;
+    }
   }
 
-  Real *q, *q_tangent;                // [D, QUERIES], [P, D, QUERIES]
-  Real *k, *k_tangent;                // [KEYS, D], the latter of one probe
-  Real *v, *v_tangent;                // [KEYS, pitch], likewise
-  Real *score, *score_tangent;        // [KEYS, QUERIES], likewise; then weights
-  Real *tangent_sum, *tangent_mean;   // [P, QUERIES]: SoftmaxTangent
-  Real *factor, *shift;               // [QUERIES]: SoftmaxTangent::Change
-  Real *output, *output_tangent;      // [QUERIES, pitch], [P, QUERIES, pitch]
+  Real *q, *q_tangent;               // [D, QUERIES], [P, D, QUERIES]
+  Real *k, *k_tangent;               // [KEYS, D], the latter of one probe
+  Real *v, *v_tangent;               // [KEYS, pitch], likewise
+  Real *score, *score_tangent;       // [KEYS, QUERIES], likewise; then weights
+  Real *tangent_sum, *tangent_mean;  // [P, QUERIES]: SoftmaxTangent
+  Real *factor, *shift;              // [QUERIES]: SoftmaxTangent::Change
+  Real *output, *output_tangent;     // [QUERIES, pitch], [P, QUERIES, pitch]
   const int64_t pitch, q_size, output_size;
 
  private:
   std::unique_ptr<Real[]> memory_;
 };
 
-// A block of queries of one head.
-template <typename T>
-struct AttendBlock {
+// Keys that a block of queries looks at together; queries of the block before `begin` see none of them.
+struct Tile {
+  int64_t first_key, keys, begin;
+};
+
+// A block of queries of one head, in lanes of N.
+template <typename T, int N>
+class Block {
+ public:
   using Real = typename Problem<T>::Real;
 
-  template <int LANES>
-  static SPARSECOD_INLINE void run(const Problem<T>& problem, int64_t batch, int64_t head, int64_t first_query,
-                                   Scratch<Real>& scratch) {
-    constexpr int N = std::is_same_v<T, double> ? 1 : LANES;
-    using V = Lanes<Real, N>;
-    using Product = SmallProduct<Real, N>;
-    static_assert(MAX_COLUMNS % Product::COLUMNS == 0 && QUERIES % MAX_COLUMNS == 0);
-    const int64_t kv_head = head / problem.group, width = problem.head_dim, pitch = scratch.pitch;
-    const int64_t queries = std::min(QUERIES, problem.queries - first_query);
-    const int64_t seen = problem.causal ? first_query + queries + problem.keys - problem.queries : problem.keys;
-    copy_transposed(scratch.q, problem.q.row(batch, head, first_query), problem.q.row_stride, queries, width);
-    for (int64_t probe = 0; probe < problem.probes; ++probe) {
-      copy_transposed(scratch.q_tangent + probe * scratch.q_size,
-                      problem.q_tangent.row(batch, head, first_query, probe), problem.q_tangent.row_stride, queries,
-                      width);
-    }
-    std::fill_n(scratch.output, scratch.output_size, Real{0});
-    std::fill_n(scratch.output_tangent, problem.probes * scratch.output_size, Real{0});
-    std::fill_n(scratch.tangent_sum, problem.probes * QUERIES, Real{0});
-    std::fill_n(scratch.tangent_mean, problem.probes * QUERIES, Real{0});
-    SoftmaxRow<V> softmax[QUERIES / N];
-    for (SoftmaxRow<V>& row : softmax) row = SoftmaxRow<V>::empty();
+  SPARSECOD_INLINE Block(const Problem<T>& problem, Scratch<Real>& scratch, int64_t batch, int64_t head,
+                         int64_t first_query)
+      : problem_(problem),
+        scratch_(scratch),
+        batch_(batch),
+        head_(head),
+        kv_head_(head / problem.group),
+        first_query_(first_query),
+        queries_(std::min(QUERIES, problem.queries - first_query)) {}
 
+  SPARSECOD_INLINE void run() {
+    start();
+    const int64_t seen = problem_.causal ? first_query_ + queries_ + problem_.keys - problem_.queries : problem_.keys;
     for (int64_t first_key = 0; first_key < seen; first_key += KEYS) {
-      const int64_t keys = std::min(KEYS, seen - first_key);
-      copy_rows(scratch.k, width, problem.k.row(batch, kv_head, first_key), problem.k.row_stride, keys, width);
-      copy_rows(scratch.v, pitch, problem.v.row(batch, kv_head, first_key), problem.v.row_stride, keys, width);
-      // Queries before `begin` see none of these keys.
-      const int64_t begin = problem.blind(first_key, first_query) / Product::COLUMNS * Product::COLUMNS;
-      const int64_t count = QUERIES - begin, rows = queries - begin;
-      const Factors<Real> scores_of_keys = {scratch.k, width, 1, scratch.q + begin, QUERIES};
-      Product::add(scratch.score + begin, QUERIES, {scores_of_keys}, keys, count, width, true);
-      scale<N>(problem, scratch.score, begin, first_query, first_key, keys, -std::numeric_limits<Real>::infinity());
-      for (int64_t query = begin; query < QUERIES; query += N) {
-        Product::store(scratch.factor + query, weigh(softmax[query / N], scratch.score + query, keys));
+      const Tile tile = {first_key, std::min(KEYS, seen - first_key),
+                         problem_.blind(first_key, first_query_) / Product::COLUMNS * Product::COLUMNS};
+      weigh(tile);
+      for (int64_t probe = 0; probe < problem_.probes; ++probe) {
+        weigh_tangent(tile, probe);
+        add_tangent(tile, probe);
       }
-
-      const Factors<Real> weighted_values = {scratch.score + begin, 1, QUERIES, scratch.v, pitch};
-      for (int64_t probe = 0; probe < problem.probes; ++probe) {
-        copy_rows(scratch.k_tangent, width, problem.k_tangent.row(batch, kv_head, first_key, probe),
-                  problem.k_tangent.row_stride, keys, width);
-        copy_rows(scratch.v_tangent, pitch, problem.v_tangent.row(batch, kv_head, first_key, probe),
-                  problem.v_tangent.row_stride, keys, width);
-        Factors<Real> of_query_tangents = scores_of_keys, of_key_tangents = scores_of_keys;
-        of_query_tangents.right = scratch.q_tangent + probe * scratch.q_size + begin;
-        of_key_tangents.left = scratch.k_tangent;
-        Product::add(scratch.score_tangent + begin, QUERIES, {of_query_tangents, of_key_tangents}, keys, count, width,
-                     true);
-        scale<N>(problem, scratch.score_tangent, begin, first_query, first_key, keys, Real{0});
-        for (int64_t query = begin; query < QUERIES; query += N) {
-          const int64_t at = probe * QUERIES + query;
-          SoftmaxTangent<V> tangent = {Product::load(scratch.tangent_sum + at), Product::load(scratch.tangent_mean + at)};
-          const V factor = Product::load(scratch.factor + query);
-          const V shift = weigh_tangent(tangent, softmax[query / N], factor, scratch.score + query,
-                                        scratch.score_tangent + query, keys);
-          Product::store(scratch.shift + query, shift);
-          Product::store(scratch.tangent_sum + at, tangent.sum);
-          Product::store(scratch.tangent_mean + at, tangent.mean);
-        }
-        Real* const output_tangent = scratch.output_tangent + probe * scratch.output_size;
-        for (int64_t query = begin; query < queries; ++query) {
-          const V factor = V{} + scratch.factor[query], shift = V{} + scratch.shift[query];
-          for (int64_t at = query * pitch; at < (query + 1) * pitch; at += N) {
-            const typename SoftmaxTangent<V>::Change change = {factor, shift};
-            const Dual<V> sums = {Product::load(scratch.output + at), Product::load(output_tangent + at)};
-            Product::store(output_tangent + at, change(sums).tangent);
-          }
-        }
-        Factors<Real> of_weight_tangents = weighted_values, of_value_tangents = weighted_values;
-        of_weight_tangents.left = scratch.score_tangent + begin;
-        of_value_tangents.right = scratch.v_tangent;
-        Product::add(output_tangent + begin * pitch, pitch, {of_weight_tangents, of_value_tangents}, rows, pitch, keys,
-                     false);
-      }
-
-      for (int64_t query = begin; query < queries; ++query) {
-        const V factor = V{} + scratch.factor[query];
-        for (int64_t at = query * pitch; at < (query + 1) * pitch; at += N) {
-          Product::store(scratch.output + at, factor * Product::load(scratch.output + at));
-        }
-      }
-      Product::add(scratch.output + begin * pitch, pitch, {weighted_values}, rows, pitch, keys, false);
+      add(tile);  // last: tangents shift by what was accumulated before
     }
-    write(problem, batch, head, first_query, queries, softmax, scratch);
+    write();
   }
 
  private:
-  static SPARSECOD_INLINE void copy_rows(Real* to, int64_t pitch, const T* from, int64_t row_stride, int64_t rows,
-                                         int64_t width) {
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t i = 0; i < width; ++i) to[row * pitch + i] = static_cast<Real>(from[row * row_stride + i]);
+  using V = Lanes<Real, N>;
+  using Product = SmallProduct<Real, N>;
+  static_assert(MAX_COLUMNS % Product::COLUMNS == 0 && QUERIES % MAX_COLUMNS == 0);
+
+  const Problem<T>& problem_;
+  Scratch<Real>& scratch_;
+  const int64_t batch_, head_, kv_head_, first_query_, queries_;
+  SoftmaxRow<V> softmax_[QUERIES / N];
+
+  SPARSECOD_INLINE void start() {
+    copy_queries(scratch_.q, problem_.q, 0);
+    std::fill_n(scratch_.output, scratch_.output_size, Real{0});
+    for (SoftmaxRow<V>& row : softmax_) row = SoftmaxRow<V>::empty();
+    for (int64_t probe = 0; probe < problem_.probes; ++probe) {
+      copy_queries(scratch_.q_tangent + probe * scratch_.q_size, problem_.q_tangent, probe);
+    }
+    std::fill_n(scratch_.output_tangent, problem_.probes * scratch_.output_size, Real{0});
+    std::fill_n(scratch_.tangent_sum, problem_.probes * QUERIES, Real{0});
+    std::fill_n(scratch_.tangent_mean, problem_.probes * QUERIES, Real{0});
+  }
+
+  SPARSECOD_INLINE void copy_queries(Real* to, const Rows<T>& tensor, int64_t probe) const {
+    const T* const from = tensor.row(batch_, head_, first_query_, probe);
+    for (int64_t i = 0; i < problem_.head_dim; ++i, to += QUERIES) {
+      for (int64_t row = 0; row < queries_; ++row) to[row] = static_cast<Real>(from[row * tensor.row_stride + i]);
+      std::fill(to + queries_, to + QUERIES, Real{0});
     }
   }
 
-  static SPARSECOD_INLINE void copy_transposed(Real* to, const T* from, int64_t row_stride, int64_t rows,
-                                               int64_t width) {
-    for (int64_t i = 0; i < width; ++i) {
-      for (int64_t row = 0; row < rows; ++row) to[i * QUERIES + row] = static_cast<Real>(from[row * row_stride + i]);
-      std::fill(to + i * QUERIES + rows, to + (i + 1) * QUERIES, Real{0});
+  SPARSECOD_INLINE void copy_keys(Real* to, int64_t pitch, const Rows<T>& tensor, const Tile& tile,
+                                  int64_t probe = 0) const {
+    const T* from = tensor.row(batch_, kv_head_, tile.first_key, probe);
+    for (int64_t key = 0; key < tile.keys; ++key, to += pitch, from += tensor.row_stride) {
+      for (int64_t i = 0; i < problem_.head_dim; ++i) to[i] = static_cast<Real>(from[i]);
     }
   }
 
-  // Scales the scores of queries from `begin` on; those of keys that a query does not see become `hidden`.
-  template <int N>
-  static SPARSECOD_INLINE void scale(const Problem<T>& problem, Real* scores, int64_t begin, int64_t first_query,
-                                     int64_t first_key, int64_t keys, Real hidden) {
-    using Product = SmallProduct<Real, N>;
-    for (int64_t key = 0; key < keys; ++key, scores += QUERIES) {
-      for (int64_t i = begin; i < QUERIES; i += N) Product::store(scores + i, Product::load(scores + i) * problem.scale);
-      std::fill_n(scores + begin, problem.blind(first_key + key, first_query) - begin, hidden);
-    }
+  // Scores that follow from queries' and keys' numbers in scratch.
+  SPARSECOD_INLINE Factors<Real> score_of(const Tile& tile, const Real* q, const Real* k) const {
+    return {k, problem_.head_dim, 1, q + tile.begin, QUERIES};
   }
 
-  // Turns scores of N queries into weights, and returns the factor by which earlier ones shrink.
-  template <typename V>
-  static SPARSECOD_INLINE V weigh(SoftmaxRow<V>& row, Real* score, int64_t keys) {
-    using Product = SmallProduct<Real, sizeof(V) / sizeof(Real)>;
-    V largest = Product::load(score);
-    for (int64_t key = 1; key < keys; ++key) largest = larger(Product::load(score + key * QUERIES), largest);
-    const V factor = row.raise(largest);
-    V sum{};
-    for (int64_t at = 0; at < keys * QUERIES; at += QUERIES) {
-      const V weight = row.weigh(Product::load(score + at));
-      Product::store(score + at, weight);
-      sum += weight;
-    }
-    row.add(factor, sum);
-    return factor;
+  // Outputs that follow from weights' and values' numbers in scratch.
+  SPARSECOD_INLINE Factors<Real> output_of(const Tile& tile, const Real* weights, const Real* v) const {
+    return {weights + tile.begin, 1, QUERIES, v, scratch_.pitch};
   }
 
-  // Turns tangents of scores of N queries into tangents of weights, and returns by how much what was accumulated shifts.
-  template <typename V>
-  static SPARSECOD_INLINE V weigh_tangent(SoftmaxTangent<V>& tangent, const SoftmaxRow<V>& row, V factor,
-                                          const Real* weight, Real* score_tangent, int64_t keys) {
-    using Product = SmallProduct<Real, sizeof(V) / sizeof(Real)>;
-    V sum{};
-    for (int64_t at = 0; at < keys * QUERIES; at += QUERIES) {
-      sum += Product::load(weight + at) * Product::load(score_tangent + at);
-    }
-    const auto change = tangent.add(row, factor, sum);
-    for (int64_t at = 0; at < keys * QUERIES; at += QUERIES) {
-      Product::store(score_tangent + at, tangent.weigh(Product::load(weight + at), Product::load(score_tangent + at)));
-    }
-    return change.shift;
-  }
-
-  static SPARSECOD_INLINE void write_row(T* to, const SoftmaxRow<Real>& row, const Real* sums, int64_t width) {
-    for (int64_t i = 0; i < width; ++i) to[i] = static_cast<T>(row.output(sums[i]));
-  }
-
-  template <typename V>
-  static SPARSECOD_INLINE void write(const Problem<T>& problem, int64_t batch, int64_t head, int64_t first_query,
-                                     int64_t queries, const SoftmaxRow<V>* softmax, const Scratch<Real>& scratch) {
-    constexpr int64_t N = sizeof(V) / sizeof(Real);
-    for (int64_t query = 0; query < queries; ++query) {
-      Real max[N], sum[N];
-      std::memcpy(max, &softmax[query / N].max, sizeof(max));
-      std::memcpy(sum, &softmax[query / N].sum, sizeof(sum));
-      const SoftmaxRow<Real> row = {max[query % N], sum[query % N]};
-      const Real* const sums = scratch.output + query * scratch.pitch;
-      const Real* const tangent_sums = scratch.output_tangent + query * scratch.pitch;
-      write_row(problem.output.row(batch, head, first_query + query), row, sums, problem.head_dim);
-      for (int64_t probe = 0; probe < problem.probes; ++probe) {
-        write_row(problem.output_tangent.row(batch, head, first_query + query, probe), row,
-                  tangent_sums + probe * scratch.output_size, problem.head_dim);
+  // Sums products of queries and keys to scores, those of keys that a query does not see `hidden`.
+  template <size_t COUNT>
+  SPARSECOD_INLINE void score(Real* scores, const Factors<Real> (&factors)[COUNT], const Tile& tile,
+                              Real hidden) const {
+    Product::add(scores + tile.begin, QUERIES, factors, tile.keys, QUERIES - tile.begin, problem_.head_dim, true);
+    for (int64_t key = 0; key < tile.keys; ++key, scores += QUERIES) {
+      for (int64_t i = tile.begin; i < QUERIES; i += N) {
+        Product::store(scores + i, Product::load(scores + i) * problem_.scale);
       }
-      problem.log_sum_exp[(batch * problem.heads + head) * problem.queries + first_query + query] = row.log_sum_exp();
+      std::fill_n(scores + tile.begin, problem_.blind(tile.first_key + key, first_query_) - tile.begin, hidden);
     }
+  }
+
+  // Scores, then weights; and the factor by which those of earlier tiles shrink.
+  SPARSECOD_INLINE void weigh(const Tile& tile) {
+    copy_keys(scratch_.k, problem_.head_dim, problem_.k, tile);
+    copy_keys(scratch_.v, scratch_.pitch, problem_.v, tile);
+    score(scratch_.score, {score_of(tile, scratch_.q, scratch_.k)}, tile, -std::numeric_limits<Real>::infinity());
+    for (int64_t query = tile.begin; query < QUERIES; query += N) {
+      SoftmaxRow<V>& row = softmax_[query / N];
+      Real* const score = scratch_.score + query;
+      V largest = Product::load(score), sum{};
+      for (int64_t key = 1; key < tile.keys; ++key) largest = larger(Product::load(score + key * QUERIES), largest);
+      const V factor = row.raise(largest);
+      for (int64_t at = 0; at < tile.keys * QUERIES; at += QUERIES) {
+        const V weight = row.weigh(Product::load(score + at));
+        Product::store(score + at, weight);
+        sum += weight;
+      }
+      row.add(factor, sum);
+      Product::store(scratch_.factor + query, factor);
+    }
+  }
+
+  // The same of one probe's tangents; and by how much what was accumulated shifts.
+  SPARSECOD_INLINE void weigh_tangent(const Tile& tile, int64_t probe) {
+    copy_keys(scratch_.k_tangent, problem_.head_dim, problem_.k_tangent, tile, probe);
+    const Real* const q_tangent = scratch_.q_tangent + probe * scratch_.q_size;
+    score(scratch_.score_tangent,
+          {score_of(tile, q_tangent, scratch_.k), score_of(tile, scratch_.q, scratch_.k_tangent)}, tile, Real{0});
+    for (int64_t query = tile.begin; query < QUERIES; query += N) {
+      Real *const tangent_sum = scratch_.tangent_sum + probe * QUERIES + query,
+                  *const tangent_mean = scratch_.tangent_mean + probe * QUERIES + query;
+      SoftmaxTangent<V> tangent = {Product::load(tangent_sum), Product::load(tangent_mean)};
+      const Real* const weight = scratch_.score + query;
+      Real* const score_tangent = scratch_.score_tangent + query;
+      V sum{};
+      for (int64_t at = 0; at < tile.keys * QUERIES; at += QUERIES) {
+        sum += Product::load(weight + at) * Product::load(score_tangent + at);
+      }
+      const V shift = tangent.add(softmax_[query / N], Product::load(scratch_.factor + query), sum).shift;
+      for (int64_t at = 0; at < tile.keys * QUERIES; at += QUERIES) {
+        const V weighed = tangent.weigh(Product::load(weight + at), Product::load(score_tangent + at));
+        Product::store(score_tangent + at, weighed);
+      }
+      Product::store(scratch_.shift + query, shift);
+      Product::store(tangent_sum, tangent.sum);
+      Product::store(tangent_mean, tangent.mean);
+    }
+  }
+
+  SPARSECOD_INLINE void add_tangent(const Tile& tile, int64_t probe) {
+    const int64_t pitch = scratch_.pitch;
+    copy_keys(scratch_.v_tangent, pitch, problem_.v_tangent, tile, probe);
+    Real* const output_tangent = scratch_.output_tangent + probe * scratch_.output_size;
+    for (int64_t query = tile.begin; query < queries_; ++query) {
+      const typename SoftmaxTangent<V>::Change change = {V{} + scratch_.factor[query], V{} + scratch_.shift[query]};
+      for (int64_t at = query * pitch; at < (query + 1) * pitch; at += N) {
+        const Dual<V> sums = {Product::load(scratch_.output + at), Product::load(output_tangent + at)};
+        Product::store(output_tangent + at, change(sums).tangent);
+      }
+    }
+    const Factors<Real> of_weight_tangents = output_of(tile, scratch_.score_tangent, scratch_.v);
+    const Factors<Real> of_value_tangents = output_of(tile, scratch_.score, scratch_.v_tangent);
+    Product::add(output_tangent + tile.begin * pitch, pitch, {of_weight_tangents, of_value_tangents},
+                 queries_ - tile.begin, pitch, tile.keys, false);
+  }
+
+  SPARSECOD_INLINE void add(const Tile& tile) {
+    const int64_t pitch = scratch_.pitch;
+    for (int64_t query = tile.begin; query < queries_; ++query) {
+      const V factor = V{} + scratch_.factor[query];
+      for (int64_t at = query * pitch; at < (query + 1) * pitch; at += N) {
+        Product::store(scratch_.output + at, factor * Product::load(scratch_.output + at));
+      }
+    }
+    Product::add(scratch_.output + tile.begin * pitch, pitch, {output_of(tile, scratch_.score, scratch_.v)},
+                 queries_ - tile.begin, pitch, tile.keys, false);
+  }
+
+  SPARSECOD_INLINE void write() const {
+    const int64_t first_row = (batch_ * problem_.heads + head_) * problem_.queries + first_query_;
+    for (int64_t query = 0; query < queries_; ++query) {
+      Real max[N], sum[N];
+      Product::store(max, softmax_[query / N].max);
+      Product::store(sum, softmax_[query / N].sum);
+      const SoftmaxRow<Real> row = {max[query % N], sum[query % N]};
+      write(problem_.output, 0, query, row, scratch_.output);
+      for (int64_t probe = 0; probe < problem_.probes; ++probe) {
+        write(problem_.output_tangent, probe, query, row, scratch_.output_tangent + probe * scratch_.output_size);
+      }
+      problem_.log_sum_exp[first_row + query] = row.log_sum_exp();
+    }
+  }
+
+  SPARSECOD_INLINE void write(const Rows<T>& tensor, int64_t probe, int64_t query, const SoftmaxRow<Real>& row,
+                              const Real* sums) const {
+    T* const to = tensor.row(batch_, head_, first_query_ + query, probe);
+    for (int64_t i = 0; i < problem_.head_dim; ++i) {
+      to[i] = static_cast<T>(row.output(sums[query * scratch_.pitch + i]));
+    }
+  }
+};
+
+template <typename T>
+struct AttendBlock {
+  template <int LANES>
+  static SPARSECOD_INLINE void run(const Problem<T>& problem, Scratch<typename Problem<T>::Real>& scratch,
+                                   int64_t batch, int64_t head, int64_t first_query) {
+    Block<T, std::is_same_v<T, double> ? 1 : LANES>(problem, scratch, batch, head, first_query).run();
   }
 };
 
@@ -275,8 +317,8 @@ void flash_attention_jvp(const at::Tensor& q, const at::Tensor& k, const at::Ten
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "flash_attention_jvp", [&] {
     using Real = typename Problem<scalar_t>::Real;
     using Tensor = Rows<scalar_t>;
-    static const auto attend = best_instruction_set<AttendBlock<scalar_t>, const Problem<scalar_t>&, int64_t, int64_t,
-                                                    int64_t, Scratch<Real>&>();
+    static const auto attend = best_instruction_set<AttendBlock<scalar_t>, const Problem<scalar_t>&, Scratch<Real>&,
+                                                    int64_t, int64_t, int64_t>();
     const Problem<scalar_t> problem = {Tensor(q),
                                        Tensor(k),
                                        Tensor(v),
@@ -302,7 +344,7 @@ void flash_attention_jvp(const at::Tensor& q, const at::Tensor& k, const at::Ten
       Scratch<Real> scratch(width, pitch, problem.probes);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t head = i / blocks;
-        attend(problem, head / problem.heads, head % problem.heads, i % blocks * QUERIES, scratch);
+        attend(problem, scratch, head / problem.heads, head % problem.heads, i % blocks * QUERIES);
       }
     });
   });

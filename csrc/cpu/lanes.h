@@ -126,6 +126,18 @@ struct Columns {
   }
 };
 
+// The largest magnitude of columns, lane by lane. LOADED: as Columns loads them, which may be cheaper to compare.
+template <typename T, int N, bool LOADED, bool PAIRED = std::is_same_v<T, c10::BFloat16> && (N > 1)>
+struct LargestMagnitude {
+  Lanes<float, N> lanes{};
+
+  SPARSECOD_INLINE void add(const Columns<T, N>& columns) {
+    for (const auto& pack : columns.packs) lanes = larger(magnitude(pack), lanes);
+  }
+
+  SPARSECOD_INLINE float fold() const { return sparsecod::fold<float, N>(lanes, Larger{}); }
+};
+
 // bfloat16 is the upper half of a float32: even columns are the lower halves of words, odd columns the upper ones, and
 // one instruction makes a pack of either.
 template <int N>
@@ -136,9 +148,9 @@ struct Columns<c10::BFloat16, N, true> {
   static constexpr int PACKS = 2, COUNT = 2 * N;
   static constexpr uint32_t UPPER = 0xffff0000u;
   Lanes<float, N> packs[PACKS];
+  Words words;  // as loaded
 
   SPARSECOD_INLINE void load(const c10::BFloat16* columns) {
-    Words words;
     std::memcpy(&words, columns, sizeof(words));
     packs[0] = as<Lanes<float, N>>(words << 16);
     packs[1] = as<Lanes<float, N>>(words & UPPER);
@@ -162,6 +174,24 @@ struct Columns<c10::BFloat16, N, true> {
   static SPARSECOD_INLINE Words rounded(Lanes<float, N> x) {
     const Words bits = as<Words>(x);  // two shifts get the lowest bit kept, for want of a register for a mask
     return bits + (((bits << 15) >> 31) + 0x7fffu);
+  }
+};
+
+// Without their signs, the bits of finite numbers are in the order of their magnitudes.
+template <int N>
+struct LargestMagnitude<c10::BFloat16, N, true, true> {
+  using Bits = Lanes<uint16_t, 2 * N>;
+  Bits bits{};
+
+  SPARSECOD_INLINE void add(const Columns<c10::BFloat16, N>& columns) {
+    Bits given;
+    std::memcpy(&given, &columns.words, sizeof(given));
+    bits = larger(Bits(given << 1), bits);  // no register for a mask
+  }
+
+  SPARSECOD_INLINE float fold() const {
+    const uint16_t largest = sparsecod::fold<uint16_t, 2 * N>(bits, Larger{});
+    return c10::BFloat16(largest >> 1, c10::BFloat16::from_bits());
   }
 };
 

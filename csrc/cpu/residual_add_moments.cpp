@@ -2,15 +2,15 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <array>
 #include <optional>
-#include <string>
+#include <type_traits>
 #include <vector>
 
+#include "instruction_set.h"
 #include "lanes.h"
 #include "operators.h"
 
@@ -37,12 +37,6 @@ struct Rows {
   SPARSECOD_INLINE Rows from(int64_t row) const {
     return {branch + row * width, residual + row * width, bias, output + row * width, width};
   }
-
-  SPARSECOD_INLINE void prefetch_below(int64_t column) const {
-    __builtin_prefetch(branch + width + column);
-    __builtin_prefetch(residual + width + column);
-    __builtin_prefetch(output + width + column, 1);
-  }
 };
 
 // Compiled for elements of type T, taken N at a time; columns left over at a row's end are taken one by one.
@@ -50,52 +44,116 @@ template <typename T, int N, bool HAS_BIAS>
 struct Kernel {
   enum Output { KEPT, WRITTEN };
 
-  // Largest magnitude of each operand, in lanes and among left-over columns, over any number of rows.
+  // Largest magnitude of each operand over any number of rows.
+  template <int M>
+  struct LargestOf {
+    LargestMagnitude<T, M, !HAS_BIAS> branch;
+    LargestMagnitude<T, M, true> residual;
+    LargestMagnitude<T, M, false> output;
+  };
+
+  // In lanes, and among left-over columns.
   struct Largest {
-    Lanes<float, N> lanes[NUM_OPERANDS]{};
-    float rest[NUM_OPERANDS]{};
+    LargestOf<N> lanes;
+    LargestOf<1> rest;
+
+    SPARSECOD_INLINE LargestOf<N>& of(std::integral_constant<int, N>) { return lanes; }
+    SPARSECOD_INLINE LargestOf<1>& of(std::integral_constant<int, 1>) { return rest; }
+  };
+
+  // First sweep. The output's sum is that of both others.
+  template <int M>
+  struct Sums {
+    using Block = Columns<T, M>;
+    Lanes<float, M> branch{}, residual{};
+    LargestOf<M> largest;
+
+    SPARSECOD_INLINE void add(const Block& branches, const Block& residuals, const Block& outputs) {
+      for (int i = 0; i < Block::PACKS; ++i) {
+        branch += branches.packs[i];
+        residual += residuals.packs[i];
+      }
+      largest.branch.add(branches);
+      largest.residual.add(residuals);
+      largest.output.add(outputs);
+    }
+  };
+
+  // Second sweep. The output's distance from its mean is the sum of both others', unless they cancel (see `cancels`).
+  template <int M>
+  struct Powers {
+    using Block = Columns<T, M>;
+    RowPowers<Lanes<float, M>> run;
+
+    SPARSECOD_INLINE void add(const Block& branches, const Block& residuals, const Block&) {
+      for (int i = 0; i < Block::PACKS; ++i) {
+        const Lanes<float, M> branch = branches.packs[i] - run.mean[BRANCH];
+        const Lanes<float, M> residual = residuals.packs[i] - run.mean[RESIDUAL];
+        run.add_distances(branch, residual, branch + residual);
+      }
+    }
+  };
+
+  // Either sweep in double.
+  template <typename RowSums>
+  struct Checked {
+    using Block = Columns<T, 1>;
+    RowSums& sums;
+
+    SPARSECOD_INLINE void add(const Block& branches, const Block& residuals, const Block& outputs) {
+      sums.add(branches.packs[0], residuals.packs[0], outputs.packs[0]);
+    }
   };
 
   // Feeds columns [begin, end) of a row to sums.add(), M at a time, and returns the first column that is left over.
-  template <int M, Output OUTPUT, typename Sums>
-  static SPARSECOD_INLINE int64_t add_columns(Sums& sums, const Rows<T>& row, int64_t begin, int64_t end) {
+  template <int M, Output OUTPUT, typename Into>
+  static SPARSECOD_INLINE int64_t add_columns(Into& sums, const Rows<T>& row, int64_t begin, int64_t end) {
     using Block = Columns<T, M>;
-    int64_t column = begin;
-    for (; column + Block::COUNT <= end; column += Block::COUNT) {
+    const T *branch_at = row.branch + begin, *residual_at = row.residual + begin;
+    const T* bias_at = HAS_BIAS ? row.bias + begin : nullptr;
+    T* output_at = row.output + begin;
+    const int64_t blocks = (end - begin) / Block::COUNT;
+    for (int64_t i = 0; i < blocks; ++i) {  // pointers that advance keep the compiler from spilling the column
       Block branch, residual, output;
-      branch.load(row.branch + column);
-      residual.load(row.residual + column);
+      branch.load(branch_at);
+      residual.load(residual_at);
       if constexpr (HAS_BIAS) {
         Block bias;
-        bias.load(row.bias + column);
-        for (int i = 0; i < Block::PACKS; ++i) branch.packs[i] += bias.packs[i];
+        bias.load(bias_at);
+        for (int pack = 0; pack < Block::PACKS; ++pack) branch.packs[pack] += bias.packs[pack];
+        bias_at += Block::COUNT;
       }
-      for (int i = 0; i < Block::PACKS; ++i) {
-        output.packs[i] = branch.packs[i] + residual.packs[i];
-        sums.add(branch.packs[i], residual.packs[i], output.packs[i]);
-      }
+      for (int pack = 0; pack < Block::PACKS; ++pack) output.packs[pack] = branch.packs[pack] + residual.packs[pack];
+      sums.add(branch, residual, output);
       if constexpr (OUTPUT == WRITTEN) {
-        output.store(row.output + column);
-      } else if constexpr (M > 1) {
-        row.prefetch_below(column);  // the second sweep reads from cache and leaves the memory idle
+        output.store(output_at);
+      } else if constexpr (M > 1) {  // the row below: the second sweep reads from cache and leaves the memory idle
+        __builtin_prefetch(branch_at + row.width);
+        __builtin_prefetch(residual_at + row.width);
+        __builtin_prefetch(output_at + row.width, 1);
       }
+      branch_at += Block::COUNT;
+      residual_at += Block::COUNT;
+      output_at += Block::COUNT;
     }
-    return column;
+    return begin + blocks * Block::COUNT;
   }
 
   template <int M>
-  static SPARSECOD_INLINE int64_t add_sums(double (&sum)[NUM_OPERANDS], Lanes<float, M> (&largest)[NUM_OPERANDS],
-                                           const Rows<T>& row, int64_t column) {
-    WideSum<M> wide[NUM_OPERANDS];
+  static SPARSECOD_INLINE int64_t add_sums(double (&sum)[NUM_OPERANDS], Largest& largest, const Rows<T>& row,
+                                           int64_t column) {
+    LargestOf<M>& so_far = largest.of(std::integral_constant<int, M>());
+    WideSum<M> branch, residual;
     while (column + Columns<T, M>::COUNT <= row.width) {
-      RowSums<Lanes<float, M>> run(largest);
+      Sums<M> run;
+      run.largest = so_far;
       column = add_columns<M, WRITTEN>(run, row, column, std::min(column + PACKS_PER_RUN * M, row.width));
-      for (int i = 0; i < NUM_OPERANDS; ++i) {
-        wide[i].add(run.sum[i]);
-        largest[i] = run.largest[i];
-      }
+      branch.add(run.branch);
+      residual.add(run.residual);
+      so_far = run.largest;
     }
-    for (int i = 0; i < NUM_OPERANDS; ++i) sum[i] += wide[i].total();
+    sum[BRANCH] += branch.total();
+    sum[RESIDUAL] += residual.total();
     return column;
   }
 
@@ -105,13 +163,13 @@ struct Kernel {
     for (int i = 0; i < NUM_OPERANDS; ++i) mean[i] = static_cast<float>(powers.mean[i]);
     WideSum<M> second[NUM_OPERANDS], fourth[NUM_OPERANDS], product;
     while (column + Columns<T, M>::COUNT <= row.width) {
-      RowPowers<Lanes<float, M>> run(mean);
-      column = add_columns<M, KEPT>(run, row, column, std::min(column + PACKS_PER_RUN * M, row.width));
+      Powers<M> part{RowPowers<Lanes<float, M>>(mean)};
+      column = add_columns<M, KEPT>(part, row, column, std::min(column + PACKS_PER_RUN * M, row.width));
       for (int i = 0; i < NUM_OPERANDS; ++i) {
-        second[i].add(run.second[i]);
-        fourth[i].add(run.fourth[i]);
+        second[i].add(part.run.second[i]);
+        fourth[i].add(part.run.fourth[i]);
       }
-      product.add(run.product);
+      product.add(part.run.product);
     }
     for (int i = 0; i < NUM_OPERANDS; ++i) {
       powers.second[i] += second[i].total();
@@ -123,8 +181,9 @@ struct Kernel {
 
   static SPARSECOD_INLINE RowPowers<double> sweep(Largest& largest, const Rows<T>& row, double inverse_width) {
     double sum[NUM_OPERANDS]{}, mean[NUM_OPERANDS];
-    int64_t rest = add_sums<N>(sum, largest.lanes, row, 0);
-    if (rest < row.width) add_sums<1>(sum, largest.rest, row, rest);
+    int64_t rest = add_sums<N>(sum, largest, row, 0);
+    if (rest < row.width) add_sums<1>(sum, largest, row, rest);
+    sum[OUTPUT] = sum[BRANCH] + sum[RESIDUAL];
     for (int i = 0; i < NUM_OPERANDS; ++i) mean[i] = sum[i] * inverse_width;
     RowPowers<double> powers(mean);
     rest = add_powers<N>(powers, row, 0);
@@ -132,14 +191,28 @@ struct Kernel {
     return powers;
   }
 
+  // Whether branch and residual are so opposed that the rounding of their distances, relative 2^-24, weighs more than
+  // MAX_GROWTH times as much in the output's. Its powers are then taken from the output itself.
+  static SPARSECOD_INLINE bool cancels(const RowPowers<double>& powers) {
+    constexpr double MAX_GROWTH = 2;
+    const auto opposed = [](double growth, double branch, double residual, double output) {
+      return growth * output < branch + residual;
+    };
+    return opposed(MAX_GROWTH * MAX_GROWTH, powers.second[BRANCH], powers.second[RESIDUAL], powers.second[OUTPUT]) ||
+           opposed(MAX_GROWTH * MAX_GROWTH * MAX_GROWTH * MAX_GROWTH, powers.fourth[BRANCH], powers.fourth[RESIDUAL],
+                   powers.fourth[OUTPUT]);
+  }
+
   template <Output OUTPUT>
   static SPARSECOD_INLINE void add_row_checked(double* totals, const Rows<T>& row, double inverse_width) {
     CheckedRowSums sums;
-    add_columns<1, OUTPUT>(sums, row, 0, row.width);
+    Checked<CheckedRowSums> first{sums};
+    add_columns<1, OUTPUT>(first, row, 0, row.width);
     double mean[NUM_OPERANDS];
     for (int i = 0; i < NUM_OPERANDS; ++i) mean[i] = sums.mean(i, inverse_width);
     RowPowers<double> powers(mean);
-    add_columns<1, KEPT>(powers, row, 0, row.width);
+    Checked<RowPowers<double>> second{powers};
+    add_columns<1, KEPT>(second, row, 0, row.width);
     add_row(totals, powers, inverse_width);
     add_checked(totals, sums);
   }
@@ -154,65 +227,35 @@ struct Kernel {
         const Rows<T> row = rows.from(i);
         Largest with_row = largest;
         const RowPowers<double> powers = sweep(with_row, row, inverse_width);
-        if (float32_suffices(powers, inverse_width)) {
+        if (float32_suffices(powers, inverse_width) && !cancels(powers)) {
           add_row(totals, powers, inverse_width);
           largest = with_row;
         } else {
           add_row_checked<KEPT>(totals, row, inverse_width);
         }
       }
-      for (int i = 0; i < NUM_OPERANDS; ++i) {
-        add_largest(totals, i, larger(fold<float, N>(largest.lanes[i], Larger{}), largest.rest[i]));
-      }
+      add_largest(totals, BRANCH, larger(largest.lanes.branch.fold(), largest.rest.branch.fold()));
+      add_largest(totals, RESIDUAL, larger(largest.lanes.residual.fold(), largest.rest.residual.fold()));
+      add_largest(totals, OUTPUT, larger(largest.lanes.output.fold(), largest.rest.output.fold()));
     }
   }
 };
 
-template <int N, typename T>
-SPARSECOD_INLINE void add_rows_in_lanes(double* totals, const Rows<T>& rows, int64_t count) {
-  if (rows.bias == nullptr) {
-    Kernel<T, N, false>::add_rows(totals, rows, count);
-  } else {
-    Kernel<T, N, true>::add_rows(totals, rows, count);
+template <typename T>
+struct AddRows {
+  template <int N>
+  static SPARSECOD_INLINE void run(double* totals, const Rows<T>& rows, int64_t count) {
+    if (rows.bias == nullptr) {
+      Kernel<T, N, false>::add_rows(totals, rows, count);
+    } else {
+      Kernel<T, N, true>::add_rows(totals, rows, count);
+    }
   }
-}
-
-// The kernel is compiled once per instruction set. PyTorch's own choice (ATEN_CPU_CAPABILITY) says which one runs.
-template <typename T>
-using AddRows = void (*)(double* totals, const Rows<T>& rows, int64_t count);
-
-template <typename T>
-void add_rows_baseline(double* totals, const Rows<T>& rows, int64_t count) {
-  add_rows_in_lanes<4>(totals, rows, count);
-}
-
-#if defined(__x86_64__)
-template <typename T>
-__attribute__((target("avx2,fma"))) void add_rows_avx2(double* totals, const Rows<T>& rows, int64_t count) {
-  add_rows_in_lanes<8>(totals, rows, count);
-}
-
-template <typename T>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void add_rows_avx512(double* totals,
-                                                                                       const Rows<T>& rows,
-                                                                                       int64_t count) {
-  add_rows_in_lanes<16>(totals, rows, count);
-}
-#endif
-
-template <typename T>
-AddRows<T> best_add_rows() {
-#if defined(__x86_64__)
-  const std::string capability = at::get_cpu_capability();
-  if (capability == "AVX512") return add_rows_avx512<T>;
-  if (capability == "AVX2") return add_rows_avx2<T>;
-#endif
-  return add_rows_baseline<T>;
-}
+};
 
 template <typename T>
 void add_moments(double* moments, const Rows<T>& rows, int64_t count) {
-  static const AddRows<T> add_rows = best_add_rows<T>();
+  static const auto add_rows = best_instruction_set<AddRows<T>, double*, const Rows<T>&, int64_t>();
   const int64_t rows_per_block = std::max(at::divup(ELEMENTS_PER_BLOCK, rows.width), at::divup(count, MAX_BLOCKS));
   std::vector<std::array<double, NUM_MOMENTS>> blocks(at::divup(count, rows_per_block));
   at::parallel_for(0, blocks.size(), BLOCKS_PER_THREAD, [&](int64_t begin, int64_t end) {

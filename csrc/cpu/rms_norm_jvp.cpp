@@ -1,5 +1,5 @@
-// y = w r x, with r = (mean x^2 + eps)^(-1/2), and its tangents, row by row: for each tangent one sweep for the sums and
-// one for results, while the row is in cache.
+// y = w r x, with r = (mean x^2 + eps)^(-1/2), and its tangents, row by row: for each tangent one sweep for the sums
+// and one for results, while the row is in cache.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>

@@ -38,8 +38,7 @@ struct SmallProduct {
   }
   static SPARSECOD_INLINE void store(Real* to, V pack) { std::memcpy(to, &pack, sizeof(pack)); }
 
-  // C [rows, columns] += the sum of A B over `factors`, or without what was in C if it is `fresh`. Columns are a multiple
-  // of COLUMNS.
+  // C [rows, columns] += the sum of A B over `factors`, or = if `fresh`; columns are a multiple of COLUMNS.
   template <size_t COUNT>
   static SPARSECOD_INLINE void add(Real* c, int64_t c_pitch, const Factors<Real> (&factors)[COUNT], int64_t rows,
                                    int64_t columns, int64_t depth, bool fresh) {
