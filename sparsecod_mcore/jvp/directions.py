@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparsecod_mcore.model.attention import zigzag_positions
 
+BLOCK = 1024  # positions whose noise comes from one generator
 SHARED, OWN = 0, 1  # kinds of noise: one vector for all tokens, or one for each
 
 
@@ -50,10 +51,20 @@ class Noise(NamedTuple):
 
     def own(self, index: int, place: Place, batch_size: int, width: int) -> Tensor:
         """A vector of its own for every token that this rank holds, [S, B, D]; another for each `index`."""
-        positions_S = place.positions_S.to(self.device)
         sequences = range(place.first_sequence, place.first_sequence + batch_size)
-        shape = (place.sequence_length, width)
-        return torch.stack([self._normal((OWN, index, sequence), shape)[positions_S] for sequence in sequences], 1)
+        return torch.stack([self._of_sequence(index, sequence, place, width) for sequence in sequences], 1)
+
+    def _of_sequence(self, index: int, sequence: int, place: Place, width: int) -> Tensor:
+        """Drawn in blocks of positions, so that nobody draws much more than what they hold of a long sequence."""
+        noise_SD = torch.empty(len(place.positions_S), width, dtype=self.dtype, device=self.device)
+        block_S = place.positions_S // BLOCK
+        for block in block_S.unique().tolist():
+            length = min(BLOCK, place.sequence_length - block * BLOCK)
+            block_TD = self._normal((OWN, index, sequence, block), (length, width))
+            held_S = block_S == block
+            positions = place.positions_S[held_S] - block * BLOCK
+            noise_SD[held_S.to(self.device)] = block_TD[positions.to(self.device)]
+        return noise_SD
 
     def _normal(self, key: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         entropy = np.random.SeedSequence((self.seed, self.iteration, self.layer, *key))

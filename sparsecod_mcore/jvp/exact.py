@@ -7,15 +7,13 @@ from torch import Tensor
 from sparsecod_mcore.jvp.attention import Rotary
 from sparsecod_mcore.jvp.layer import probe_branches
 
-DIRECTIONS_AT_ONCE = 16
+TOKENS_AT_ONCE = 16384  # times directions: what is in flight grows with both
 
 
 def deviation_sums(
     layer: TransformerLayer,
     hidden_SBD: Tensor,
     rotary_pos_emb: Rotary = None,
-    *,
-    at_once: int = DIRECTIONS_AT_ONCE,
 ) -> Tensor:
     """Sum over the tokens of [S, B, D] of (J - I) e_k, e_k at every token: [D, D] float64, row k for e_k.
 
@@ -24,7 +22,7 @@ def deviation_sums(
     """
     width = hidden_SBD.shape[-1]
     unit_DD = torch.eye(width, dtype=hidden_SBD.dtype, device=hidden_SBD.device)
-    return directional_sums(layer, hidden_SBD, unit_DD, rotary_pos_emb, at_once=at_once)
+    return directional_sums(layer, hidden_SBD, unit_DD, rotary_pos_emb)
 
 
 def directional_sums(
@@ -32,12 +30,10 @@ def directional_sums(
     hidden_SBD: Tensor,
     shared_PD: Tensor,
     rotary_pos_emb: Rotary = None,
-    *,
-    at_once: int = DIRECTIONS_AT_ONCE,
 ) -> Tensor:
     """Sum over the tokens of [S, B, D] of (J - I) v, v of `shared_PD` at every token: [P, D] float64. Collective."""
     sums = []
-    for few_PD in shared_PD.split(at_once):
+    for few_PD in shared_PD.split(max(1, TOKENS_AT_ONCE // hidden_SBD[..., 0].numel())):
         probed = probe_branches(layer, hidden_SBD, few_PD, rotary_pos_emb=rotary_pos_emb)
         sums.append(probed.attention_sums + probed.mlp_sums)
     return torch.cat(sums)

@@ -34,6 +34,7 @@ UNSUPPORTED = (
     "moe_router_force_load_balancing",
     "moe_router_force_biased",
     "moe_input_jitter_eps",
+    "moe_enable_routing_replay",
 )
 
 
@@ -156,6 +157,8 @@ def scale(x: Dual, gate: Dual) -> Dual:
 
 @jvp.register
 def _(module: SharedExpertMLP, x: Dual) -> Dual:
+    if type(module) is not SharedExpertMLP:
+        raise unknown(module)
     overlapped = module.config.moe_shared_expert_overlap  # then the dispatcher runs the collectives of its projections
     parallel = module.config.sequence_parallel
     given = gather_sequence(x, module.tp_group) if overlapped and parallel else x

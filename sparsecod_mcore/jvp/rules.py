@@ -34,14 +34,16 @@ def unknown(module: torch.nn.Module) -> UserError:
     kind = type(module)
     return UserError(
         f"no Jacobian rule for {kind.__module__}.{kind.__qualname__}: register one with "
-        f"@sparsecod_mcore.jvp.jvp.register, or set cod.jacobian_interval to 0"
+        f"@sparsecod_mcore.jvp.jvp.register, or do without Jacobians (in training: cod.jacobian_interval 0)"
     )
 
 
 def unsupported(module: torch.nn.Module, what: str) -> UserError:
     """What to say of a module whose rule does not cover how it is configured."""
     kind = type(module).__name__
-    return UserError(f"the Jacobian rule of {kind} does not know {what}: set cod.jacobian_interval to 0")
+    return UserError(
+        f"the Jacobian rule of {kind} does not know {what}: do without Jacobians (in training: cod.jacobian_interval 0)"
+    )
 
 
 @jvp.register
@@ -77,7 +79,7 @@ def layer_norm(x: Dual, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> 
     """w (x - m) / sqrt(var + eps) + b over the last axis: centring is linear, and what remains is an RMSNorm."""
     dtype = torch.promote_types(x.value.dtype, torch.float32)
     centred = x.to(dtype).map(lambda t: t - t.mean(-1, keepdim=True))
-    y = Dual(*rms_norm_jvp(centred.value, centred.tangents, weight_D.to(dtype), eps))
+    y = rms_norm(centred, weight_D.to(dtype), eps)
     shifted = y.value if bias_D is None else y.value + bias_D
     return Dual(shifted, y.tangents).to(x.value.dtype)
 
@@ -103,6 +105,8 @@ def _(module: RowParallelLinear, x: Dual) -> Dual:
 
 @jvp.register
 def _(module: MLP, x: Dual) -> Dual:
+    if type(module) is not MLP:  # what a subclass does is not known
+        raise unknown(module)
     return jvp(module.linear_fc2, swiglu(module, jvp(module.linear_fc1, x)))
 
 
@@ -112,22 +116,29 @@ def jvp_with_sums(module: torch.nn.Module, x: Dual, num_summed: int) -> tuple[Te
 
     Sums over the ranks of a sequence-parallel group add up to the sum over their tokens.
     """
-    tangents = jvp(module, x).tangents
-    return sum_over_tokens(tangents[:num_summed]), tangents[num_summed:]
+    return summed(jvp(module, x), num_summed)
 
 
 @jvp_with_sums.register
 def _(module: MLP, x: Dual, num_summed: int) -> tuple[Tensor, Tensor]:
-    """The last projection is linear: it may as well take the sum."""
+    """The last projection is linear: it may as well take the mean, which half precision holds where sums overflow."""
+    if type(module) is not MLP:
+        return summed(jvp(module, x), num_summed)
     activated = swiglu(module, jvp(module.linear_fc1, x))
-    sums_PF = sum_over_tokens(activated.tangents[:num_summed])
+    tokens = activated.value[..., 0].numel()
+    means_PF = sum_over_tokens(activated.tangents[:num_summed]) / tokens
     # Among as many rows as tensor-parallel ranks, so that the projection can deal them out under sequence parallelism.
-    rows_PR1F = sums_PF.new_zeros(num_summed, module.config.tensor_model_parallel_size, 1, sums_PF.shape[-1])
-    rows_PR1F[:, 0, 0] = sums_PF
-    summed = jvp(module.linear_fc2, Dual(rows_PR1F[0], rows_PR1F)).tangents.sum((1, 2))
+    rows_PR1F = means_PF.new_zeros(num_summed, module.config.tensor_model_parallel_size, 1, means_PF.shape[-1])
+    rows_PR1F[:, 0, 0] = means_PF
+    sums_PD = tokens * jvp(module.linear_fc2, Dual(rows_PR1F[0], rows_PR1F)).tangents.sum((1, 2)).to(means_PF.dtype)
     if len(activated.tangents) == num_summed:
-        return summed, x.tangents[num_summed:]
-    return summed, jvp(module.linear_fc2, Dual(activated.value, activated.tangents[num_summed:])).tangents
+        return sums_PD, x.tangents[num_summed:]
+    return sums_PD, jvp(module.linear_fc2, Dual(activated.value, activated.tangents[num_summed:])).tangents
+
+
+def summed(y: Dual, num_summed: int) -> tuple[Tensor, Tensor]:
+    """Of the tangents of y, the first summed over tokens, and the rest."""
+    return sum_over_tokens(y.tangents[:num_summed]), y.tangents[num_summed:]
 
 
 def sum_over_tokens(tangents: Tensor) -> Tensor:

@@ -40,13 +40,14 @@ def jacobian_statistics(sums: ProbeSums, sequences_L: Tensor, *, along_residual:
 
     With J_bar the mean over tokens t of (J v)_t for v the same at all tokens, and u = (J - I) v:
 
-    deviation        ||J_bar - I||_F / D, from E ||mean_t u_t||^2
+    deviation        ||J_bar - I||_F / D, from E ||mean_t u_t||^2; of few probes a little low
+    deviation_squared  ||J_bar - I||_F^2 / D^2, unbiased however few the probes
     diagonal         tr(J_bar) / D
     token_deviation  mean_t of E ||u_t||^2 / D for a v of each token's own
     residual_gain    1 + sum_t h_t . u_t / sum_t ||h_t||^2 along the residual stream, v = h
     residual_change  (sum_t ||u_t||^2 / sum_t ||h_t||^2)^(1/2) along it
 
-    and for the first three `..._error`, the standard error over probes; NaN of a single probe.
+    and for deviation, diagonal and token_deviation `..._error`, the standard error over probes; NaN of a single probe.
     """
     width = sums.shared_LRPD.shape[-1]
     tokens_L11 = sums.tokens_L[:, None, None]
@@ -57,6 +58,7 @@ def jacobian_statistics(sums: ProbeSums, sequences_L: Tensor, *, along_residual:
         norm, norm_error = norm_and_error(mean_LPD)
         trace, trace_error = trace_and_error(sums.products_LRP[:, parts].sum(1) / tokens_L11[..., 0])
         statistics[name, "deviation"] = norm / width
+        statistics[name, "deviation_squared"] = norm.square() / width**2
         statistics[name, "deviation_error"] = norm_error / width
         statistics[name, "diagonal"] = 1 + trace / width
         statistics[name, "diagonal_error"] = trace_error / width

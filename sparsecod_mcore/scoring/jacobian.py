@@ -3,18 +3,19 @@
 import torch
 
 from sparsecod_mcore.jvp.directions import Noise
-from sparsecod_mcore.jvp.exact import deviation_sums, directional_sums
+from sparsecod_mcore.jvp.exact import directional_sums
+from sparsecod_mcore.jvp.layer import rehearse
 from sparsecod_mcore.jvp.statistics import norm_and_error, trace_and_error
 from sparsecod_mcore.scoring import parallel
 from sparsecod_mcore.scoring.results import Jacobian, LayerJacobian
-from sparsecod_mcore.scoring.score import Chunk, Measured, Options, Score
+from sparsecod_mcore.scoring.score import Measured, Options, Score
 from sparsecod_mcore.scoring.stack import Stack
 
 
 class JacobianScore(Score):
     """J̄ − I as a matrix, by one forward-mode pass for all unit vectors; or its norm and trace from random directions.
 
-    Axes: L layers, K directions, D hidden width.
+    Axes: K directions, D hidden width.
     """
 
     name = "jacobian"
@@ -22,49 +23,43 @@ class JacobianScore(Score):
     def __init__(self, stack: Stack, options: Options) -> None:
         super().__init__(stack, options)
         self.num_probes = options.jacobian_probes
-        directions = self.num_probes or stack.hidden_size
-        self.sums_LKD = torch.zeros(
-            stack.num_layers, directions, stack.hidden_size, dtype=torch.float64, device=stack.device
-        )
-        self.tokens = torch.zeros((), dtype=torch.float64, device=stack.device)
-
-    def held_bytes(self) -> int:
-        return self.sums_LKD.nbytes
-
-    def observe(self, chunk: Chunk, layer: int, before_SBD: torch.Tensor, after_SBD: torch.Tensor) -> None:
-        wanted = self.options.jacobian_sequences - chunk.begin
-        if wanted <= 0:
-            return
-        hidden_SBD = before_SBD[:, :wanted]
-        megatron_layer = self.stack.layers[layer]
-        rotary = self.stack.rotary_embedding(hidden_SBD.shape[0])
-        if self.num_probes is None:
-            self.sums_LKD[layer] += deviation_sums(megatron_layer, hidden_SBD, rotary)
-        else:
-            self.sums_LKD[layer] += directional_sums(megatron_layer, hidden_SBD, self._directions(layer), rotary)
-        if layer == 0:
-            self.tokens += hidden_SBD[..., 0].numel()
+        for layer in stack.layers:
+            rehearse(layer)
 
     def _directions(self, layer: int) -> torch.Tensor:
-        assert self.num_probes is not None
+        width = self.stack.hidden_size
+        if self.num_probes is None:
+            return torch.eye(width, dtype=self.stack.dtype, device=self.stack.device)
         noise = Noise(self.options.seed, 0, layer, self.stack.device, self.stack.dtype)
-        return noise.shared(self.num_probes, self.stack.hidden_size)
-
-    def gather(self) -> None:
-        parallel.sum_over_workers(self.sums_LKD)
-        parallel.sum_over_workers(self.tokens)
+        return noise.shared(self.num_probes, width)
 
     def result(self, measured: Measured) -> Jacobian:
-        mean_LKD = self.sums_LKD / self.tokens
-        of_layer = self._exact if self.num_probes is None else self._estimate
+        tokens_NT = measured.tokens_NT[: self.options.jacobian_sequences]
+        hidden_SBD = self.stack.embed(tokens_NT[:, :-1].to(self.stack.device))
+        layers = []
+        for layer in range(self.num_layers):
+            mean_KD = self._sums(layer, hidden_SBD) / hidden_SBD[..., 0].numel()
+            layers.append(self._exact(mean_KD) if self.num_probes is None else self._estimate(layer, mean_KD))
+            hidden_SBD = self.stack.layer(layer, hidden_SBD)
         return Jacobian(
-            sequences=min(self.options.jacobian_sequences, len(measured.tokens_NT)),
+            sequences=len(tokens_NT),
             method="exact" if self.num_probes is None else "probes",
             probes=self.num_probes,
-            layers=[of_layer(layer, mean_KD) for layer, mean_KD in enumerate(mean_LKD)],
+            layers=layers,
         )
 
-    def _exact(self, layer: int, mean_KD: torch.Tensor) -> LayerJacobian:
+    def _sums(self, layer: int, hidden_SBD: torch.Tensor) -> torch.Tensor:
+        """Sums over tokens of (J - I) v, [K, D]; each worker takes its share of the directions."""
+        directions_KD = self._directions(layer)
+        own = slice(parallel.worker(), None, parallel.workers())
+        sums_KD = torch.zeros(directions_KD.shape, dtype=torch.float64, device=hidden_SBD.device)
+        if len(directions_KD[own]):
+            rotary = self.stack.rotary_embedding(hidden_SBD.shape[0])
+            sums_KD[own] = directional_sums(self.stack.layers[layer], hidden_SBD, directions_KD[own], rotary)
+        parallel.sum_over_workers(sums_KD)
+        return sums_KD
+
+    def _exact(self, mean_KD: torch.Tensor) -> LayerJacobian:
         deviation_DD = mean_KD.T  # of row k, which is (J̄ − I) e_k, column k
         width = len(deviation_DD)
         jacobian_DD = deviation_DD + torch.eye(width, dtype=deviation_DD.dtype, device=deviation_DD.device)

@@ -27,9 +27,11 @@ class JacobianProbes:
 
     def __init__(self, args: Namespace, model_chunks: Sequence[MegatronModule], *, replicated: bool) -> None:
         """`replicated`: another rank holds the very same tokens. Raises UserError for models that have no rules."""
-        if getattr(args, "cuda_graph_impl", "none") != "none":
+        in_pieces = getattr(args, "overlap_moe_expert_parallel_comm", False)
+        if in_pieces or getattr(args, "cuda_graph_impl", "none") != "none":
             raise UserError(
-                "Jacobian probes do not run inside CUDA graphs: set cod.jacobian_interval or cuda_graph_impl"
+                "Jacobian probes need layers that run as modules, neither in CUDA graphs (cuda_graph_impl) nor in pieces "
+                "(overlap_moe_expert_parallel_comm): set cod.jacobian_interval to 0"
             )
         self._interval = args.cod_jacobian_interval
         self._sequence_parallel = args.sequence_parallel

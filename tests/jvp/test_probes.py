@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsecod_mcore.jvp import Dual, layer_branches
+from sparsecod_mcore.jvp import Dual, directions, exact, layer_branches
 from sparsecod_mcore.jvp.directions import Noise, Place, place_of_this_rank
 from sparsecod_mcore.jvp.exact import deviation_sums
 from sparsecod_mcore.jvp.layer import probe_branches
@@ -15,10 +15,16 @@ from tests.jvp.models import GQA, MOE, SHARED_EXPERT, random_model
 S, B, D = 6, 2, 16
 
 
-@pytest.fixture(params=["dense", "moe"])
+MODELS = {
+    "dense": GQA,
+    "moe": MOE | SHARED_EXPERT,
+    "layer_norm": {"normalization": "LayerNorm", "add_bias_linear": True},
+}
+
+
+@pytest.fixture(params=MODELS)
 def layer(request: pytest.FixtureRequest) -> torch.nn.Module:
-    overrides = GQA if request.param == "dense" else MOE | SHARED_EXPERT
-    return random_model(**overrides).decoder.layers[0]
+    return random_model(**MODELS[request.param]).decoder.layers[0]
 
 
 def hidden_states() -> Tensor:
@@ -39,10 +45,11 @@ def noise(iteration: int = 1) -> Noise:
     return Noise(1234, iteration, 0, torch.device("cpu"), torch.float64)
 
 
-def test_exact_sums_are_those_of_the_whole_jacobian(layer: torch.nn.Module) -> None:
+def test_exact_sums_are_those_of_the_whole_jacobian(layer: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "TOKENS_AT_ONCE", 5 * S * B)  # batches of unlike sizes
     hidden = hidden_states()
     expected = whole_jacobian(layer, hidden)["jacobian"].sum((0, 1, 3, 4))  # over tokens out and tokens in
-    found = deviation_sums(layer, hidden, at_once=5)
+    found = deviation_sums(layer, hidden)
     torch.testing.assert_close(found.T, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -95,11 +102,24 @@ def test_a_single_probe_has_no_error_and_is_a_number_all_the_same() -> None:
     assert statistics["jacobian", "deviation"][1].isnan(), "a layer that was not probed has no deviation"
 
 
-def test_noise_belongs_to_its_token_whoever_holds_it() -> None:
+def test_noise_belongs_to_its_token_whoever_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Place(0, S, torch.arange(S))
+    monkeypatch.setattr(directions, "BLOCK", 4)
     everything = noise().own(0, whole, 4, D)
     part = noise().own(0, Place(2, S, torch.tensor([1, 4])), 2, D)
     assert torch.equal(part, everything[[1, 4]][:, 2:])
     assert not torch.equal(noise().own(1, whole, 4, D), everything)
     assert not torch.equal(noise(2).shared(3, D), noise().shared(3, D))
     assert abs(everything.mean()) < 0.3 and abs(everything.std() - 1) < 0.2
+
+
+def test_half_precision_holds_many_tokens() -> None:
+    """What sums over 16384 tokens to more than float16 can hold."""
+    layer = random_model(dtype=torch.float32).decoder.layers[0]
+    hidden = torch.randn(512, 32, D) + 1
+    shared = torch.ones(1, D)
+    expected = probe_branches(layer, hidden, shared)
+    found = probe_branches(layer.half(), hidden.half(), shared.half())
+    assert expected.mlp_sums.abs().max() > torch.finfo(torch.float16).max
+    error = (found.mlp_sums - expected.mlp_sums).norm() / expected.mlp_sums.norm()
+    assert error < 0.01

@@ -1,15 +1,18 @@
 """The rules of whole layers against the derivatives that autograd takes of Megatron's own modules, in float64."""
 
+from copy import copy
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.jvp import Dual, jvp, layer_branches, layer_jvp
-from sparsecod_mcore.jvp.layer import rehearse
+from sparsecod_mcore.jvp.layer import probe_branches, rehearse
 from tests.jvp.models import GQA, MOE, MQA, SHARED_EXPERT, random_model
 
 S, B, P = 5, 2, 3
@@ -91,21 +94,35 @@ def test_what_a_rule_does_not_cover_is_refused(overrides: dict[str, Any], senten
         rehearse(random_model(**overrides).decoder.layers[0])
 
 
+class TwiceAnMLP(MLP):
+    """What it does differs from its base class, whose rule must not stand in for its own."""
+
+    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any) -> Any:
+        output, bias = super().forward(hidden_states, per_token_scale, **kwargs)
+        return 2 * output, bias
+
+
 def test_a_rule_can_be_added() -> None:
-    class Doubling(torch.nn.Module):
-        pass
+    layer = random_model().decoder.layers[0]
+    hidden, tangents = torch.randn(S, B, 16, dtype=torch.float64), torch.randn(P, 16, dtype=torch.float64)
+    once = probe_branches(layer, hidden, tangents)
+    layer.mlp.__class__ = TwiceAnMLP
+    for run in (partial(rehearse, layer), partial(probe_branches, layer, hidden, tangents)):
+        with pytest.raises(UserError, match=r"no Jacobian rule for .*TwiceAnMLP"):
+            run()
 
     @jvp.register
-    def _(module: Doubling, x: Dual) -> Dual:
-        return x.map(lambda t: 2 * t)
+    def _(module: TwiceAnMLP, x: Dual) -> Dual:
+        return jvp.dispatch(MLP)(copy_as_mlp(module), x).map(lambda t: 2 * t)
 
-    layer = random_model().decoder.layers[0]
-    layer.mlp = Doubling()
-    layer.pre_mlp_layernorm = torch.nn.Identity()
-    jvp.register(torch.nn.Identity, lambda module, x: x)
-    hidden = torch.randn(S, B, 16, dtype=torch.float64)
-    branches = layer_branches(layer, Dual(hidden, hidden[None]))
-    torch.testing.assert_close(branches.mlp.tangents, 2 * (hidden + branches.attention.tangents))
+    def copy_as_mlp(module: TwiceAnMLP) -> MLP:
+        plain = copy(module)
+        plain.__class__ = MLP
+        return plain
+
+    twice = probe_branches(layer, hidden, tangents)
+    torch.testing.assert_close(twice.attention_sums, once.attention_sums)
+    torch.testing.assert_close(twice.mlp_sums, 2 * once.mlp_sums)
 
 
 def test_transformer_engine_rules() -> None:
