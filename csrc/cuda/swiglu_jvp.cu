@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(THREADS)
     const int64_t gate_at = at + row * width, up_at = gate_at + width;
     const Neighbours gate = Neighbours::load(gate_up + gate_at), up = Neighbours::load(gate_up + up_at);
     Neighbours y;
+#pragma unroll 1  // as few registers as one tangent needs
     for (int probe = 0; probe < probes; ++probe) {
       const T* const tangent = gate_up_tangent + 2 * probe * probe_stride;
       const Neighbours gate_tangent = Neighbours::load(tangent + gate_at);

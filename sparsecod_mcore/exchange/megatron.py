@@ -7,6 +7,7 @@ PyTorch opens the first without restriction, so `read_metadata` goes through it 
 
 import os
 import pickle
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,9 +27,13 @@ from sparsecod_mcore.train.checkpoint_metadata import read_metadata
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """``torch.load`` in this process builds plain values and Megatron's own classes of settings, nothing else."""
+    """``torch.load`` in this process builds plain values and Megatron's own classes of settings, nothing else.
+
+    What PyTorch's checkpointing warns of is between Megatron and PyTorch.
+    """
     register_safe_globals()
-    with patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
+    with patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield
 
 

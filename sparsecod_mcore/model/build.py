@@ -1,5 +1,6 @@
 """A model from its arguments alone, outside of a training run: no optimizer, no pipeline, to be evaluated."""
 
+import logging
 from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
@@ -83,6 +84,8 @@ def build_model(args: Namespace, rope_scaling_factor: float | None = None) -> GP
     model_config.transformer_layer_spec = measured_spec
     if rope_scaling_factor is not None:
         model_config.rope_scaling_factor = rope_scaling_factor
+    # Says of every GPTModel that another class is to come; Megatron's version is pinned.
+    logging.getLogger(GPTModel.__module__).setLevel(logging.ERROR)
     try:
         model_config.finalize()
         groups = ProcessGroupCollection.use_mpu_process_groups()

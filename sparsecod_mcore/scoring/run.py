@@ -108,7 +108,7 @@ def _count_of(kind: str, count: int | None) -> str:
 
 
 def _fingerprint(request: Request, plan: Plan, provenance: Provenance) -> str:
-    """Of everything that a unit's figures depend on, to the last bit."""
+    """Of what a unit's figures depend on."""
     layout = {"tensor": request.tensor, "expert": request.expert, "scores": sorted(request.names)}
     made_from: list[Any] = [asdict(plan), asdict(replace(provenance, model="", data=None)), layout]
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()

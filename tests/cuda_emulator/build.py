@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 CACHE = REPOSITORY / "build" / "cuda_emulator"
+_INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^">]+)[">]', re.MULTILINE)
 FLAGS = (
     "-std=c++17",
     "-O1",
@@ -42,12 +44,24 @@ def build(csrc: Path = REPOSITORY / "csrc", sources: Sequence[Path] | None = Non
 
 
 def _object(source: Path, csrc: Path) -> Path:
-    headers = [*csrc.glob("cuda/*.h"), *csrc.glob("common/*.h"), *HERE.glob("include/*.h")]
-    compiled = CACHE / f"{source.stem}-{_digest(source, *sorted(headers))}.o"
+    folders = (HERE / "include", csrc / "cuda")
+    compiled = CACHE / f"{source.stem}-{_digest(*with_headers(source, *folders))}.o"
     if not compiled.exists():
-        include = [f"-I{HERE / 'include'}", f"-I{csrc / 'cuda'}"]
+        include = [f"-I{folder}" for folder in folders]
         _run([*FLAGS, *include, "-x", "c++", "-c", str(source)], compiled)
     return compiled
+
+
+def with_headers(source: Path, *folders: Path) -> list[Path]:
+    """Return a file and what it includes, directly or not, from its own folder or `folders`."""
+    found = [source]
+    for file in found:
+        for name in _INCLUDE.findall(file.read_text()):
+            paths = ((folder / name).resolve() for folder in (file.parent, *folders))
+            header = next((path for path in paths if path.is_file()), None)
+            if header is not None and header not in found:
+                found.append(header)
+    return found
 
 
 def _digest(*files: Path) -> str:

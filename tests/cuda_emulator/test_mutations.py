@@ -15,6 +15,7 @@ from sparsecod_mcore.ops import (
     NUM_COLUMN_SUMS,
     NUM_PROBE_MOMENTS,
     attention_stats_reference,
+    flash_attention_jvp_reference,
     probe_moments_reference,
     residual_add_moments_reference,
     rms_norm_jvp_reference,
@@ -98,6 +99,25 @@ def attention_stats_on_tensor_cores(emulator: Emulator) -> None:
     attention_stats(emulator, torch.bfloat16)
 
 
+def flash_attention_jvp(emulator: Emulator, dtype: torch.dtype) -> None:
+    # Two blocks of queries, rows that are no multiple of anything, and a last tile of one key: one tile that takes
+    # another's place in shared memory, and one that has its place to itself.
+    for queries, keys in ((70, 129), (65, 65)):
+        tensors = [torch.randn(1, 1, rows, 32).to(dtype) for rows in (queries, keys, keys) * 2]
+        found = operators.flash_attention_jvp(*tensors, by=emulator)
+        tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+        for result, expected in zip(found, flash_attention_jvp_reference(*tensors), strict=True):
+            torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
+
+
+def flash_attention_jvp_in_float32(emulator: Emulator) -> None:
+    flash_attention_jvp(emulator, torch.float32)
+
+
+def flash_attention_jvp_on_tensor_cores(emulator: Emulator) -> None:
+    flash_attention_jvp(emulator, torch.bfloat16)
+
+
 @dataclass(frozen=True)
 class Mutation:
     """In `file`, `text`, which occurs once, becomes `replacement`; `launch` of `kernel` (default: file) has to fail."""
@@ -106,14 +126,14 @@ class Mutation:
     launch: Callable[[Emulator], None]
     text: str
     replacement: str = ""
-    kernel: Path | None = None
+    kernel: tuple[Path, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.file.stem}: {self.text.strip()} -> {self.replacement.strip() or 'nothing'}"
 
     @property
-    def source(self) -> Path:
-        return self.kernel or self.file
+    def sources(self) -> tuple[Path, ...]:
+        return self.kernel or (self.file,)
 
 
 SUMS = HERE / "kernels" / "sums.cu"
@@ -124,7 +144,18 @@ ADD_ROWS, ADD_RECORDS, ADD_COLUMNS = (CUDA / f"residual_add_{part}.h" for part i
 NORM = CUDA / "rms_norm_jvp.cu"
 PROBES = CUDA / "probe_moments.cu"
 STATS = CUDA / "attention_stats.cu"
+FLASH_MMA, FLASH_FLOAT32 = CUDA / "flash_attention_jvp_mma.h", CUDA / "flash_attention_jvp_float32.cu"
+FLASH = (
+    *(CUDA / f"flash_attention_jvp{part}.cu" for part in ("", "_32", "_float32")),
+    HERE / "kernels" / "other_head_sizes.cu",
+)
 BARRIER = "  __syncthreads();\n"
+
+
+def in_flash_attention_jvp(file: Path, text: str, replacement: str = "") -> Mutation:
+    launch = flash_attention_jvp_in_float32 if file == FLASH_FLOAT32 else flash_attention_jvp_on_tensor_cores
+    return Mutation(file, launch, text, replacement, kernel=FLASH)
+
 
 MUTATIONS = [
     Mutation(SUMS, row_sums, "__syncthreads();  // of_warps is written"),
@@ -138,7 +169,7 @@ MUTATIONS = [
     Mutation(SWIGLU, swiglu_jvp, "i < packs;", "i < packs - 1;"),
     Mutation(SWIGLU, swiglu_jvp, "at + row * width, up_at", "at + (row + 1) * width, up_at"),
     Mutation(SWIGLU, swiglu_jvp, "packed = in_packs", "packed = true || in_packs"),
-    Mutation(CUDA / "group.h", residual_add_moments, "    __syncthreads();\n", kernel=ADD),
+    Mutation(CUDA / "group.h", residual_add_moments, "    __syncthreads();\n", kernel=(ADD,)),
     Mutation(
         ADD, residual_add_moments, f"{BARRIER}  if (threadIdx.x < NUM_OPERANDS)", "  if (threadIdx.x < NUM_OPERANDS)"
     ),
@@ -147,27 +178,27 @@ MUTATIONS = [
         residual_add_moments,
         f"{BARRIER}  if (threadIdx.x < NUM_MOMENTS)",
         "  if (threadIdx.x < NUM_MOMENTS)",
-        kernel=ADD,
+        kernel=(ADD,),
     ),
-    Mutation(ADD_RECORDS, residual_add_moments, f"gridDim.x - 1;\n{BARRIER}", "gridDim.x - 1;\n", kernel=ADD),
+    Mutation(ADD_RECORDS, residual_add_moments, f"gridDim.x - 1;\n{BARRIER}", "gridDim.x - 1;\n", kernel=(ADD,)),
     Mutation(
         ADD_COLUMNS,
         residual_add_moments,
         f"  {BARRIER}    if (threadIdx.y > 0)",
         "    if (threadIdx.y > 0)",
-        kernel=ADD,
+        kernel=(ADD,),
     ),
     Mutation(ADD, residual_add_moments, "Group::index(); row < rows.count;", "Group::index(); row <= rows.count;"),
     Mutation(ADD, residual_add_moments, "Group::index(); row < rows.count;", "Group::index(); row < rows.count - 1;"),
     Mutation(
-        ADD_RECORDS, residual_add_moments, "present = row < rows.count", "present = row <= rows.count", kernel=ADD
+        ADD_RECORDS, residual_add_moments, "present = row < rows.count", "present = row <= rows.count", kernel=(ADD,)
     ),
     Mutation(
         ADD_ROWS,
         residual_add_moments,
         "column = first; column < rows.width;",
         "column = first; column <= rows.width;",
-        kernel=ADD,
+        kernel=(ADD,),
     ),
     Mutation(NORM, rms_norm_jvp, f"= sums;\n{BARRIER}", "= sums;\n"),
     Mutation(PROBES, probe_moments, f"{BARRIER}  for (int warp = 1; warp < ROWS", "  for (int warp = 1; warp < ROWS"),
@@ -181,42 +212,56 @@ MUTATIONS = [
         attention_stats_on_tensor_cores,
         f"    wait_for_copies<0>();\n  {BARRIER}    // Lane 8 i",
         f"  {BARRIER}    // Lane 8 i",
-        kernel=STATS,
+        kernel=(STATS,),
     ),
     Mutation(
         CUDA / "attention_stats_mma.h",
         attention_stats_on_tensor_cores,
         "    __syncthreads();  // keys overwrite the queries\n",
-        kernel=STATS,
+        kernel=(STATS,),
     ),
+    in_flash_attention_jvp(FLASH_MMA, "    wait_for_copies<0>();\n"),
+    in_flash_attention_jvp(
+        FLASH_MMA, "    __syncthreads();  // this tile has arrived, and nobody reads the tile before it any more\n"
+    ),
+    in_flash_attention_jvp(FLASH_MMA, "+ KEYS <= last_key_of_block", "+ KEYS < last_key_of_block"),
+    in_flash_attention_jvp(FLASH_MMA, "<= last_key[i / 2]", "< last_key[i / 2]"),
+    in_flash_attention_jvp(FLASH_MMA, "row >= problem.queries || chunk", "row > problem.queries || chunk"),
+    in_flash_attention_jvp(FLASH_MMA, "  __syncwarp();\n  for (int i = lane", "  for (int i = lane"),
+    in_flash_attention_jvp(FLASH_FLOAT32, "    __syncthreads();  // nobody reads the tile before this one any more\n"),
+    in_flash_attention_jvp(FLASH_FLOAT32, "    wait_for_copies<0>();\n"),
+    in_flash_attention_jvp(FLASH_FLOAT32, "i * SIDE <= last_key;", "i * SIDE < last_key;"),
+    in_flash_attention_jvp(FLASH_FLOAT32, "    __syncwarp();\n"),
+    in_flash_attention_jvp(FLASH_FLOAT32, "query >= problem.queries", "query > problem.queries"),
 ]
 
 
-def emulator_of(source: Path, folder: Path, broken: Mutation | None = None) -> Emulator:
-    """Return an emulator of one kernel, compiled from a copy of all sources in which a mutation has been made."""
+def emulator_of(sources: tuple[Path, ...], folder: Path, broken: Mutation | None = None) -> Emulator:
+    """Return an emulator of a few kernels, compiled from a copy of all sources in which a mutation has been made."""
     csrc = folder / "csrc"
     shutil.copytree(REPOSITORY / "csrc", csrc)
-    copies = {source: csrc / "cuda" / source.name}
-    shutil.copy(source, copies[source])
+    copies = [Path(shutil.copy(source, csrc / "cuda")) for source in sources]
     if broken is not None:
-        copy = copies.get(broken.file, csrc / "cuda" / broken.file.name)
+        copy = csrc / "cuda" / broken.file.name
         text = copy.read_text()
         assert text.count(broken.text) == 1, f"{broken.file.name} no longer has this once: {broken.text}"
         copy.write_text(text.replace(broken.text, broken.replacement))
-    return Emulator(build(csrc, [copies[source]]))
+    return Emulator(build(csrc, copies))
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_a_broken_kernel_fails(mutation: Mutation, tmp_path: Path):
     torch.manual_seed(0)
-    emulator = emulator_of(mutation.source, tmp_path, mutation)
+    emulator = emulator_of(mutation.sources, tmp_path, mutation)
     with pytest.raises((LaunchError, AssertionError)):
         mutation.launch(emulator)
 
 
-@pytest.mark.parametrize("source", sorted({mutation.source for mutation in MUTATIONS}), ids=lambda source: source.stem)
-def test_the_same_kernel_unbroken_passes(source: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    "sources", sorted({mutation.sources for mutation in MUTATIONS}), ids=lambda sources: sources[0].stem
+)
+def test_the_same_kernel_unbroken_passes(sources: tuple[Path, ...], tmp_path: Path):
     torch.manual_seed(0)
-    emulator = emulator_of(source, tmp_path)
-    for launch in dict.fromkeys(mutation.launch for mutation in MUTATIONS if mutation.source == source):
+    emulator = emulator_of(sources, tmp_path)
+    for launch in dict.fromkeys(mutation.launch for mutation in MUTATIONS if mutation.sources == sources):
         launch(emulator)

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from tests.cuda_emulator.build import with_headers
+
 REPOSITORY = Path(__file__).parents[2]
 CSRC = REPOSITORY / "csrc"
 CACHE = REPOSITORY / "build" / "ptxas"
-ARCHITECTURE = "90a"
+HOPPER = "90a"
 
 _PROPERTIES = re.compile(
     r"Function properties for (\S+)\s+"
@@ -77,13 +79,13 @@ def _nvcc_version(nvcc: Path) -> bytes:
     return subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
 
 
-def report(source: Path) -> str:
+def report(source: Path, architecture: str = HOPPER) -> str:
     """Compile `source` and return what ptxas says, from the last time if nothing has changed since."""
     nvcc = find_nvcc()
     assert nvcc is not None
-    command = [*nvcc_flags(), f"-gencode=arch=compute_{ARCHITECTURE},code=sm_{ARCHITECTURE}", "-Xptxas", "-v"]
+    command = [*nvcc_flags(), f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-Xptxas", "-v"]
     content = hashlib.sha256(_nvcc_version(nvcc) + " ".join(command).encode())
-    for file in [source, *sorted(CSRC.glob("cuda/*.h")), *sorted(CSRC.glob("common/*.h"))]:
+    for file in with_headers(source, CSRC / "cuda"):
         content.update(b"\0" + file.name.encode() + b"\0" + file.read_bytes())
     kept = CACHE / f"{source.stem}-{content.hexdigest()[:16]}.txt"
     if not kept.exists():

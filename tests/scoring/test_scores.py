@@ -88,7 +88,7 @@ def save_as_megatron(model: Path, folder: Path) -> None:
 
 @pytest.mark.distributed
 def test_parallel_layouts_agree(tmp_path: Path, shared_data: Path) -> None:
-    """A checkpoint at TP2 and DP2, and experts at EP2 and DP2, against the same model in one process."""
+    """A checkpoint at TP2 and DP2, and one with experts at TP2, EP2 and DP2, against the same model in one process."""
     pretrained = shared_data / "stories260k"
     tokens = tmp_path / "tokens.npy"
     np.save(tokens, np.load(pretrained / "tokens.npy")[:5, :49])  # an odd number, in two halves
@@ -103,12 +103,12 @@ def test_parallel_layouts_agree(tmp_path: Path, shared_data: Path) -> None:
     words = [*TORCHRUN, "--nproc-per-node", "2", str(Path(__file__).with_name("score_job.py")), str(tmp_path)]
     words += [f"tp2:2:1:{EVERY}={dense}", f"dp2:1:1:{EVERY}={dense}"]
     words += [f"hf-tp2:2:1:{EVERY}={pretrained}={tokens}"]
-    words += [f"moe-ep2:1:2:{moe_scores}={moe}", f"moe-dp2:1:1:{moe_scores}={moe}"]
+    words += [f"moe-{layout}:{moe_scores}={moe}" for layout in ("tp2:2:1", "ep2:1:2", "dp2:1:1")]
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("tp2", "hf-tp2", "dp2"):
         assert_same_figures(read_scores(tmp_path / name / "scores.json"), expected, 1e-5)
-    for name in ("moe-ep2", "moe-dp2"):
+    for name in ("moe-tp2", "moe-ep2", "moe-dp2"):
         assert_same_figures(read_scores(tmp_path / name / "scores.json"), moe_expected, 1e-5)
 
 
