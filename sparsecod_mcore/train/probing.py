@@ -30,8 +30,8 @@ class JacobianProbes:
         in_pieces = getattr(args, "overlap_moe_expert_parallel_comm", False)
         if in_pieces or getattr(args, "cuda_graph_impl", "none") != "none":
             raise UserError(
-                "Jacobian probes need layers that run as modules, neither in CUDA graphs (cuda_graph_impl) nor in pieces "
-                "(overlap_moe_expert_parallel_comm): set cod.jacobian_interval to 0"
+                "Jacobian probes need layers that run as modules, neither in CUDA graphs (cuda_graph_impl) nor in "
+                "pieces (overlap_moe_expert_parallel_comm): set cod.jacobian_interval to 0"
             )
         self._interval = args.cod_jacobian_interval
         self._sequence_parallel = args.sequence_parallel
