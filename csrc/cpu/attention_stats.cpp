@@ -5,17 +5,16 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
-#include <string>
 #include <vector>
 
 #include "../common/thresholds.h"
 #include "exponential.h"
+#include "instruction_set.h"
 #include "lanes.h"
 #include "operators.h"
 
@@ -140,40 +139,30 @@ struct Kernel {
   }
 };
 
-// Compiled once per instruction set. PyTorch's own choice (ATEN_CPU_CAPABILITY) says which one runs.
 template <typename Real>
-struct Compiled {
-  void (*add_tile)(Sums& sums, const Tile<Real>& tile);
-  int64_t panel_width;
+struct AddTile {
+  template <int N>
+  static SPARSECOD_INLINE void run(Sums& sums, const Tile<Real>& tile) {
+    Kernel<Real, sizeof(float) * N>::add_tile(sums, tile);
+  }
 };
 
 template <typename Real>
-void add_tile_baseline(Sums& sums, const Tile<Real>& tile) {
-  Kernel<Real, 16>::add_tile(sums, tile);
-}
+struct PanelWidth {
+  template <int N>
+  static SPARSECOD_INLINE void run(int64_t& width) {
+    width = Kernel<Real, sizeof(float) * N>::WIDTH;
+  }
+};
 
-#if defined(__x86_64__)
+// For this processor.
 template <typename Real>
-__attribute__((target("avx2,fma"))) void add_tile_avx2(Sums& sums, const Tile<Real>& tile) {
-  Kernel<Real, 32>::add_tile(sums, tile);
-}
+struct Compiled {
+  void (*add_tile)(Sums&, const Tile<Real>&) = best_instruction_set<AddTile<Real>, Sums&, const Tile<Real>&>();
+  int64_t panel_width;
 
-template <typename Real>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void add_tile_avx512(Sums& sums,
-                                                                                       const Tile<Real>& tile) {
-  Kernel<Real, 64>::add_tile(sums, tile);
-}
-#endif
-
-template <typename Real>
-Compiled<Real> best_compiled() {
-#if defined(__x86_64__)
-  const std::string capability = at::get_cpu_capability();
-  if (capability == "AVX512") return {add_tile_avx512<Real>, Kernel<Real, 64>::WIDTH};
-  if (capability == "AVX2") return {add_tile_avx2<Real>, Kernel<Real, 32>::WIDTH};
-#endif
-  return {add_tile_baseline<Real>, Kernel<Real, 16>::WIDTH};
-}
+  Compiled() { best_instruction_set<PanelWidth<Real>, int64_t&>()(panel_width); }
+};
 
 // Rows of one head, some distance apart.
 template <typename T>
@@ -237,7 +226,7 @@ template <typename T>
 void add_heads(const at::Tensor& q, const at::Tensor& k, const at::Tensor& lse, double scale,
                at::ArrayRef<double> thresholds, bool causal, const at::Tensor& entropy, const at::Tensor& counts) {
   using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  static const Compiled<Real> compiled = best_compiled<Real>();
+  static const Compiled<Real> compiled;
   const int64_t heads = q.size(1), group = heads / k.size(1), num_queries = q.size(2), num_keys = k.size(2);
   Real log_thresholds[MAX_THRESHOLDS];
   for (size_t i = 0; i < thresholds.size(); ++i) log_thresholds[i] = static_cast<Real>(std::log(thresholds[i]));

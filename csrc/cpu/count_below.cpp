@@ -1,16 +1,15 @@
 // Elements below thresholds, in all tensors of a list: integers compared in lanes, with magnitudes as in thresholds.h.
 
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 
 #include <algorithm>
 #include <array>
 #include <cstring>
 #include <limits>
-#include <string>
 #include <vector>
 
 #include "../common/thresholds.h"
+#include "instruction_set.h"
 #include "lanes.h"
 #include "operators.h"
 
@@ -60,67 +59,41 @@ SPARSECOD_INLINE void count_block(int64_t* counts, const Bits* elements, int64_t
   }
 }
 
-template <typename Bits, int REGISTER_BYTES>
-SPARSECOD_INLINE void count_chunk(Counts& counts, const void* elements, int64_t size, const ThresholdBits& not_below,
-                                  int num_thresholds) {
-  constexpr int64_t PER_BLOCK = BLOCK_BYTES / sizeof(Bits);
-  static_assert(BLOCK_BYTES / 16 < std::numeric_limits<int16_t>::max());
-  const Bits* bits = static_cast<const Bits*>(elements);
-  for (int64_t at = 0; at < size; at += PER_BLOCK) {
-    const int64_t in_block = std::min(PER_BLOCK, size - at);
-    for (int group = 0; group < num_thresholds; group += GROUP) {
-      count_block<Bits, REGISTER_BYTES / sizeof(Bits)>(counts.data() + group, bits + at, in_block,
-                                                       not_below.data() + group);
+template <typename Bits>
+struct CountChunk {
+  template <int N>
+  static SPARSECOD_INLINE void run(Counts& counts, const void* elements, int64_t size, const ThresholdBits& not_below,
+                                   int num_thresholds) {
+    constexpr int64_t PER_BLOCK = BLOCK_BYTES / sizeof(Bits);
+    static_assert(BLOCK_BYTES / 16 < std::numeric_limits<int16_t>::max());
+    const Bits* bits = static_cast<const Bits*>(elements);
+    for (int64_t at = 0; at < size; at += PER_BLOCK) {
+      const int64_t in_block = std::min(PER_BLOCK, size - at);
+      for (int group = 0; group < num_thresholds; group += GROUP) {
+        count_block<Bits, N * sizeof(float) / sizeof(Bits)>(counts.data() + group, bits + at, in_block,
+                                                            not_below.data() + group);
+      }
     }
   }
-}
+};
 
-// Compiled once per instruction set. PyTorch's own choice (ATEN_CPU_CAPABILITY) says which one runs.
-using CountChunk = void (*)(Counts& counts, const void* elements, int64_t size, const ThresholdBits& not_below,
-                            int num_thresholds);
-
-template <typename Bits>
-void count_chunk_baseline(Counts& counts, const void* elements, int64_t size, const ThresholdBits& not_below,
-                          int num_thresholds) {
-  count_chunk<Bits, 16>(counts, elements, size, not_below, num_thresholds);
-}
-
-#if defined(__x86_64__)
-template <typename Bits>
-__attribute__((target("avx2"))) void count_chunk_avx2(Counts& counts, const void* elements, int64_t size,
-                                                      const ThresholdBits& not_below, int num_thresholds) {
-  count_chunk<Bits, 32>(counts, elements, size, not_below, num_thresholds);
-}
+using Count = void (*)(Counts& counts, const void* elements, int64_t size, const ThresholdBits& not_below,
+                       int num_thresholds);
 
 template <typename Bits>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) void count_chunk_avx512(Counts& counts,
-                                                                                      const void* elements,
-                                                                                      int64_t size,
-                                                                                      const ThresholdBits& not_below,
-                                                                                      int num_thresholds) {
-  count_chunk<Bits, 64>(counts, elements, size, not_below, num_thresholds);
-}
-#endif
-
-template <typename Bits>
-CountChunk best_count_chunk() {
-#if defined(__x86_64__)
-  const std::string capability = at::get_cpu_capability();
-  if (capability == "AVX512") return count_chunk_avx512<Bits>;
-  if (capability == "AVX2") return count_chunk_avx2<Bits>;
-#endif
-  return count_chunk_baseline<Bits>;
+Count best_count() {
+  return best_instruction_set<CountChunk<Bits>, Counts&, const void*, int64_t, const ThresholdBits&, int>();
 }
 
 struct Format {
   FloatFormat format;
-  CountChunk count_chunk;
+  Count count;
 };
 
 Format format_of(at::ScalarType dtype) {
-  static const CountChunk count_16_bits = best_count_chunk<int16_t>();
-  static const CountChunk count_32_bits = best_count_chunk<int32_t>();
-  static const CountChunk count_64_bits = best_count_chunk<int64_t>();
+  static const Count count_16_bits = best_count<int16_t>();
+  static const Count count_32_bits = best_count<int32_t>();
+  static const Count count_64_bits = best_count<int64_t>();
   switch (dtype) {
     case at::kHalf: return {FLOAT16_FORMAT, count_16_bits};
     case at::kBFloat16: return {BFLOAT16_FORMAT, count_16_bits};
@@ -133,7 +106,7 @@ Format format_of(at::ScalarType dtype) {
 struct Chunk {
   const char* elements;
   int64_t size, tensor;
-  CountChunk count;
+  Count count;
   ThresholdBits not_below;
   Counts counts;
 };
@@ -151,7 +124,7 @@ void count_below(at::TensorList tensors, at::ArrayRef<double> thresholds, const 
     const int64_t bytes = tensor.element_size(), per_chunk = CHUNK_BYTES / bytes;
     for (int64_t at = 0; at < tensor.numel(); at += per_chunk) {
       chunks.push_back({elements + at * bytes, std::min(per_chunk, tensor.numel() - at), static_cast<int64_t>(i),
-                        format.count_chunk, not_below, {}});
+                        format.count, not_below, {}});
     }
   }
   at::parallel_for(0, chunks.size(), CHUNKS_PER_THREAD, [&](int64_t begin, int64_t end) {

@@ -1,9 +1,6 @@
 """Counts below thresholds: exact, so that every test demands equality. The CUDA kernel runs in the emulator."""
 
 import ctypes
-import os
-import subprocess
-import sys
 from fractions import Fraction
 
 import pytest
@@ -15,6 +12,7 @@ from torch import Tensor
 from sparsecod_mcore.ops import count_below, count_below_reference
 from tests.cuda_emulator.emulator import DTYPES as CUDA_DTYPES
 from tests.cuda_emulator.emulator import Emulator, Guarded
+from tests.ops import tangents
 
 THRESHOLDS = (1e-5, 1e-4, 1e-3, 1e-2)  # the paper's
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -169,8 +167,6 @@ def test_the_same_on_any_number_of_threads():
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_every_instruction_set_counts_the_same(capability):
-    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", capability.upper()):
-        pytest.skip("the other tests run it")
     program = """
 import torch
 from sparsecod_mcore.ops import count_below, count_below_reference
@@ -178,12 +174,8 @@ torch.manual_seed(0)
 x = [torch.randn(9001).to(d) for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)]
 thresholds = (1e-3, 0.5, 0.1, 1.0, 2.0)
 assert torch.equal(count_below(x, thresholds), count_below_reference(x, thresholds))
-print(torch.backends.cpu.get_cpu_capability())
 """
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == capability.upper()
+    tangents.run_with_capability(capability, program)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

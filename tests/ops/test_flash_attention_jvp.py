@@ -8,9 +8,6 @@ whose weights are rounded for the tensor cores, cannot be.
 
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
@@ -312,8 +309,6 @@ def test_the_same_bits_from_run_to_run_and_for_any_number_of_threads():
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_every_instruction_set_computes_the_same(capability):
-    if capability != "default" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        pytest.skip("this processor runs the baseline only")
     program = """
 import torch
 from sparsecod_mcore.ops import flash_attention_jvp, flash_attention_jvp_reference
@@ -323,12 +318,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-6}.get(dtype, torch.finfo(dtype).eps)
     for x, y in zip(flash_attention_jvp(*tensors), flash_attention_jvp_reference(*tensors)):
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
-print(torch.backends.cpu.get_cpu_capability())
 """
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == capability.upper()
+    tangents.run_with_capability(capability, program)
 
 
 @pytest.mark.parametrize("empty", [{"batch": 0}, {"queries": 0}, {"heads": 0}])

@@ -1,16 +1,12 @@
 """What holds of any input: layouts, special values, how calls add up, and the same bits on any number of threads."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsecod_mcore.ops import Moment, residual_add_moments, residual_add_moments_reference
-from tests.ops import oracle
+from tests.ops import oracle, tangents
 from tests.ops.oracle import Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -143,8 +139,6 @@ def test_the_same_bits_from_run_to_run_and_on_any_number_of_threads(dtype):
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_every_instruction_set_measures_the_same(capability):
-    if capability != "default" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        pytest.skip("this processor runs the baseline only")
     program = """
 import torch
 from sparsecod_mcore.ops import residual_add_moments, residual_add_moments_reference
@@ -157,9 +151,5 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     output = residual_add_moments(branch, residual, moments, bias)
     assert torch.equal(output, residual_add_moments_reference(branch, residual, expected, bias))
     torch.testing.assert_close(moments, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
-print(torch.backends.cpu.get_cpu_capability())
 """
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == capability.upper()
+    tangents.run_with_capability(capability, program)
