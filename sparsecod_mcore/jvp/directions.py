@@ -61,6 +61,8 @@ class Noise(NamedTuple):
         for block in block_S.unique().tolist():
             length = min(BLOCK, place.sequence_length - block * BLOCK)
             block_TD = self._normal((OWN, index, sequence, block), (length, width))
+            if len(place.positions_S) == length == place.sequence_length:  # all of a short sequence
+                return block_TD
             held_S = block_S == block
             positions = place.positions_S[held_S] - block * BLOCK
             noise_SD[held_S.to(self.device)] = block_TD[positions.to(self.device)]

@@ -30,11 +30,13 @@ class Dual(NamedTuple):
         return Dual(self.value + other.value, self.tangents + other.tangents)
 
 
-def project(x: Dual, weight: Tensor, bias: Tensor | None = None) -> Dual:
-    """x W^T + b over the last axis."""
+def project(x: Dual, weight: Tensor, bias: Tensor | None = None, *, value: Tensor | None = None) -> Dual:
+    """x W^T + b over the last axis; `value` where the value of that is known."""
     weight = plain(weight)
     x = x.to(weight.dtype)
-    return Dual(torch.nn.functional.linear(x.value, weight, bias), torch.nn.functional.linear(x.tangents, weight))
+    if value is None:
+        value = torch.nn.functional.linear(x.value, weight, bias)
+    return Dual(value, torch.nn.functional.linear(x.tangents, weight))
 
 
 def plain(weight: Tensor) -> Tensor:

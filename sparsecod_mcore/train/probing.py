@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -14,6 +15,7 @@ from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.jvp.directions import Noise, place_of_this_rank
 from sparsecod_mcore.jvp.layer import rehearse
 from sparsecod_mcore.jvp.probes import Probing, probe_layer
+from sparsecod_mcore.jvp.rules import known_outputs
 from sparsecod_mcore.jvp.statistics import jacobian_statistics, reduce_over_ranks
 from sparsecod_mcore.monitor.statistics import LayerStatistics
 
@@ -45,10 +47,13 @@ class JacobianProbes:
         )
         self._measured: int | None = None
         self._waiting: set[int] = set()
+        self._outputs: dict[torch.nn.Module, torch.Tensor] = {}  # of the layer that is running
         self._layers = {layer.layer_number - 1: layer for layer in _layers(model_chunks)}
         for number, layer in self._layers.items():
             rehearse(layer)
             layer.register_forward_hook(partial(self._after_layer, number), with_kwargs=True)
+            for linear in () if args.attention_dropout or args.hidden_dropout else _linear_layers(layer):
+                linear.register_forward_hook(partial(self._keep_output, number))
 
     def begin_step(self, iteration: int) -> None:
         """Probe in this step if it is its turn."""
@@ -64,6 +69,10 @@ class JacobianProbes:
         """There is room for one step."""
         return self._measured is not None and iteration % self._interval == 0
 
+    def _keep_output(self, number: int, linear: torch.nn.Module, args: Any, output: tuple[torch.Tensor, Any]) -> None:
+        if number in self._waiting:
+            self._outputs[linear] = output[0].detach()
+
     def _after_layer(
         self, number: int, layer: TransformerLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
@@ -74,15 +83,17 @@ class JacobianProbes:
         hidden_SBD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         hidden_SBD = hidden_SBD.detach()
         num_positions, batch_size, _ = hidden_SBD.shape
-        probe_layer(
-            layer,
-            hidden_SBD,
-            kwargs.get("rotary_pos_emb"),
-            self._probing,
-            Noise(self._seed, self._measured, number, hidden_SBD.device, hidden_SBD.dtype),
-            place_of_this_rank(num_positions, batch_size, self._sequence_parallel),
-            self._sums,
-        )
+        with known_outputs(self._outputs):
+            probe_layer(
+                layer,
+                hidden_SBD,
+                kwargs.get("rotary_pos_emb"),
+                self._probing,
+                Noise(self._seed, self._measured, number, hidden_SBD.device, hidden_SBD.dtype),
+                place_of_this_rank(num_positions, batch_size, self._sequence_parallel),
+                self._sums,
+            )
+        self._outputs.clear()
 
     def collect(self) -> dict[int, LayerStatistics]:
         """The statistics of the step that was probed since the last call, if one was. Collective over all ranks."""
@@ -94,6 +105,13 @@ class JacobianProbes:
         along = self._probing.along_residual
         statistics = jacobian_statistics(sums, sequences_L, along_residual=along)
         return {iteration: {key: value_L.cpu() for key, value_L in statistics.items()}}
+
+
+def _linear_layers(layer: TransformerLayer) -> Iterator[torch.nn.Module]:
+    """Those that see all tokens as they are, and whose outputs probes need not compute again."""
+    yield from (layer.self_attention.linear_qkv, layer.self_attention.linear_proj)
+    if type(layer.mlp) is MLP:
+        yield from (layer.mlp.linear_fc1, layer.mlp.linear_fc2)
 
 
 def _layers(model_chunks: Sequence[MegatronModule]) -> Iterator[TransformerLayer]:
