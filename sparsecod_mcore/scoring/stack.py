@@ -80,7 +80,7 @@ class Stack:
         tied = model.share_embeddings_and_output_weights
         weight_VD = model.shared_embedding_or_output_weight() if tied else None
         logits_SBV, _ = model.output_layer(model.decoder.final_layernorm(hidden_SBD), weight=weight_VD)
-        return model.compute_language_model_loss(targets_BS, logits_SBV)
+        return model.compute_language_model_loss(targets_BS, model._scale_logits(logits_SBV))
 
     def rotary_embedding(self, length: int) -> torch.Tensor | None:
         if self.model.position_embedding_type != "rope":
