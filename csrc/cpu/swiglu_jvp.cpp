@@ -49,7 +49,7 @@ struct SwigluRows {
     using Real = typename Block::Real;
     using V = Lanes<Real, N>;
     for (; column + Block::COUNT <= row.width; column += Block::COUNT) {
-      Block gate, up, output;
+      Block gate, up, output{};
       gate.load(row.gate_up + column);
       up.load(row.gate_up + row.width + column);
       V sigmoid[Block::PACKS];
