@@ -26,6 +26,7 @@ from sparsecod_mcore.scoring.score import Options
 from sparsecod_mcore.scoring.stack import load_stack
 from tests.distributed.jobs import REPOSITORY, TORCHRUN, environment
 from tests.scoring.random_models import GQA, MOE, random_tokens, save_random_checkpoint
+from tests.scoring.reference import assert_reproduced
 
 TOOL = str(REPOSITORY / "tools" / "score_layers.py")
 EVERY = ",".join(DEFAULT_SCORES)
@@ -52,23 +53,13 @@ def assert_same_figures(found: Scores, expected: Scores, tolerance: float) -> No
 
 
 def test_the_reference_is_reproduced(tmp_path: Path, shared_data: Path) -> None:
-    """Every figure of expected_scores.json that interventions give, to 1e-4 relative."""
+    """Every figure of expected_scores.json, by the tool's default scores, to 1e-4 relative."""
     folder = shared_data / "stories260k"
     expected = json.loads((folder / "expected_scores.json").read_text())
     scores = score(folder, folder / "tokens.npy", tmp_path)
     assert read_scores(tmp_path / "scores.json") == scores
-    assert scores.causal and scores.permutation and scores.usefulness and scores.skip and scores.effective_depth
-    for found, wanted in (
-        (scores.loss, expected["loss"]),
-        (scores.causal.matrix, expected["causal"]["matrix"]),
-        (scores.causal.score, expected["causal"]["score"]),
-        (scores.skip.loss, expected["causal"]["skip_loss"]),
-        (scores.permutation.matrix, expected["permutation"]["matrix"]),
-        (scores.permutation.score, expected["permutation"]["score"]),
-        (scores.usefulness.scored.relative_loss_increase, expected["usefulness"]["relative_loss_increase"]),
-        (scores.usefulness.scored.score, expected["usefulness"]["score"]),
-    ):
-        np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    assert_reproduced(scores, expected)
+    assert scores.effective_depth is not None and scores.usefulness is not None
     assert (scores.effective_depth.effective, scores.effective_depth.wasted) == (5, 0)
     assert scores.usefulness.held_out is not None
     # Fitted on half the sequences, and on none of those that are scored: a little worse, never better.
@@ -249,6 +240,28 @@ def test_similarity(random_model: tuple[Path, Path], tmp_path: Path) -> None:
     expected = [[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a in means] for b in means]
     assert similarity is not None
     np.testing.assert_allclose(similarity.matrix, expected, rtol=1e-5)
+
+
+def test_rows_of_a_jacobian_are_outputs(tmp_path: Path) -> None:
+    """Against reverse mode, through one layer, of the mean over tokens, by a shift of all tokens."""
+    save_random_checkpoint(GQA, tmp_path / "model")
+    np.save(tmp_path / "tokens.npy", random_tokens(3, 12).numpy())
+    options = Options(jacobian_sequences=2)
+    jacobian = score(
+        tmp_path / "model", tmp_path / "tokens.npy", tmp_path / "out", "jacobian", options=options
+    ).jacobian
+    assert jacobian is not None and jacobian.sequences == 2
+    stack = load_stack(tmp_path / "model")
+    hidden_SBD = stack.layer(0, stack.embed(random_tokens(3, 12)[:2, :-1]))
+
+    def mean_output(shift_D: torch.Tensor) -> torch.Tensor:
+        output_SBD, _ = stack.layers[1](hidden_SBD + shift_D, None, rotary_pos_emb=stack.rotary_embedding(11))
+        return output_SBD.mean((0, 1))
+
+    expected_DD = torch.autograd.functional.jacobian(mean_output, torch.zeros(stack.hidden_size))
+    assert (expected_DD - expected_DD.T).norm() > 0.5 * expected_DD.norm()
+    matrix_DD = torch.tensor(jacobian.layers[1].matrix)
+    assert (matrix_DD - expected_DD).norm() < 1e-5 * expected_DD.norm()
 
 
 MEMORY = """
