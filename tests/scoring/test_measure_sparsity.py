@@ -14,12 +14,11 @@ import torch
 from megatron.core import parallel_state
 
 from sparsecod_mcore.scoring.measure import Request, measure
-from sparsecod_mcore.scoring.results import Scores, read_scores
-from sparsecod_mcore.scoring.schema import entries
+from sparsecod_mcore.scoring.results import read_scores
 from sparsecod_mcore.scoring.stack import Stack
 from tests.distributed.jobs import REPOSITORY, TORCHRUN, environment
+from tests.scoring.compare import assert_reproduced, assert_same_figures
 from tests.scoring.random_models import GQA, MOE, random_tokens, save_random_checkpoint
-from tests.scoring.reference import assert_reproduced
 
 TOOL = str(REPOSITORY / "tools" / "measure_sparsity.py")
 
@@ -100,14 +99,9 @@ def test_parallel_layouts_agree(tmp_path: Path) -> None:
     for layout, checkpoint in checkpoints.items():
         alone = measure(Request(model=str(checkpoint), data=str(tokens), lengths=[49, 20]))
         for rank in range(2):
-            assert_same_figures(read_scores(tmp_path / f"{layout}-{rank}.json"), alone)
-
-
-def assert_same_figures(found: Scores, expected: Scores) -> None:
-    assert found.provenance == expected.provenance
-    for entry, wanted in zip(entries(found), entries(expected), strict=True):
-        assert str(entry) == str(wanted)
-        assert entry.value == pytest.approx(wanted.value, rel=1e-5, abs=1e-7), str(wanted)
+            found = read_scores(tmp_path / f"{layout}-{rank}.json")
+            assert found.provenance == alone.provenance
+            assert_same_figures(found, alone, 1e-5)
 
 
 MISTAKES = {

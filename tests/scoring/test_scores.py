@@ -21,12 +21,11 @@ from sparsecod_mcore.scoring.interventions import ZeroExperts
 from sparsecod_mcore.scoring.registry import DEFAULT_SCORES, make_scores
 from sparsecod_mcore.scoring.results import Scores, read_scores
 from sparsecod_mcore.scoring.run import Request, score_model
-from sparsecod_mcore.scoring.schema import entries
 from sparsecod_mcore.scoring.score import Options
 from sparsecod_mcore.scoring.stack import load_stack
 from tests.distributed.jobs import REPOSITORY, TORCHRUN, environment
+from tests.scoring.compare import assert_reproduced, assert_same_figures
 from tests.scoring.random_models import GQA, MOE, random_tokens, save_random_checkpoint
-from tests.scoring.reference import assert_reproduced
 
 TOOL = str(REPOSITORY / "tools" / "score_layers.py")
 EVERY = ",".join(DEFAULT_SCORES)
@@ -43,13 +42,6 @@ def one_thread() -> Iterator[None]:
 
 def score(model: Path, data: Path, out: Path, names: str = EVERY, **options: object) -> Scores:
     return score_model(Request(model=str(model), data=str(data), names=names.split(","), out=out, **options))
-
-
-def assert_same_figures(found: Scores, expected: Scores, tolerance: float) -> None:
-    for figure, wanted in zip(entries(found), entries(expected), strict=True):
-        assert str(figure) == str(wanted)
-        if figure.path[0] != "provenance" and isinstance(wanted.value, float):
-            assert figure.value == pytest.approx(wanted.value, rel=tolerance, abs=tolerance, nan_ok=True), str(wanted)
 
 
 def test_the_reference_is_reproduced(tmp_path: Path, shared_data: Path) -> None:
@@ -270,6 +262,7 @@ from pathlib import Path
 from sparsecod_mcore import platform; platform.prepare()
 import torch
 from sparsecod_mcore.scoring import engine, interventions, plan, registry, score, work_file
+from tests.scoring.compare import assert_reproduced, assert_same_figures
 from tests.scoring.random_models import GQA, random_stack
 torch.set_num_threads(2)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,11 +1,36 @@
-"""What expected_scores.json holds: every score of one pretrained model, by an implementation of its own in float64."""
+"""Scores against those of another run, and against expected_scores.json.
 
+The latter holds every score of one pretrained model, by an implementation of its own in float64.
+"""
+
+from collections import defaultdict
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import pytest
 
 from sparsecod_mcore.scoring.results import Scores
+from sparsecod_mcore.scoring.schema import Entry, entries
+
+
+def assert_same_figures(found: Scores, expected: Scores, tolerance: float) -> None:
+    """Whole numbers are equal; others differ by no more than `tolerance` of the largest figure of their kind.
+
+    A kind is one statistic of one stream, tensor or threshold, in all layers, pairs and heads: a small figure among
+    them is as uncertain as a large one.
+    """
+    largest: dict[object, float] = defaultdict(float)
+    for wanted in entries(expected):
+        largest[_kind(wanted)] = max(largest[_kind(wanted)], np.nan_to_num(abs(wanted.value)))
+    for figure, wanted in zip(entries(found), entries(expected), strict=True):
+        assert str(figure) == str(wanted)
+        allowed = 0 if isinstance(wanted.value, int) else tolerance * largest[_kind(wanted)]
+        assert figure.value == pytest.approx(wanted.value, rel=0, abs=allowed, nan_ok=True), str(wanted)
+
+
+def _kind(figure: Entry) -> object:
+    return figure.path, tuple(name for name in figure.place.values() if isinstance(name, str))
 
 
 def assert_reproduced(scores: Scores, expected: dict[str, Any], *, missing: set[str] | None = None) -> None:
