@@ -50,7 +50,7 @@ class Request:
 def score_model(request: Request) -> Scores:
     """Score the model and write scores.json and scores.csv.
 
-    The same call after an interruption runs no intervention again that was recorded, and all else.
+    After an interruption the same call runs all again but the interventions that were recorded.
     Collective under torchrun. Raises `UserError` for what the user can mend, before anything is computed.
     """
     check_names(request.names)
