@@ -83,6 +83,23 @@ def gather_from_workers[T](item: T) -> list[T]:
     return items
 
 
+def gather_at[T](receiver: int, item: T) -> list[T] | None:
+    """Every worker's `item`, in their order, at the worker `receiver`; None at the others. Collective."""
+    if workers() == 1:
+        return [item]
+    items: list[Any] | None = [None] * workers() if worker() == receiver else None
+    dist.gather_object(item, items, group=parallel_state.get_expert_data_parallel_group(), group_dst=receiver)
+    return items
+
+
+def from_worker[T](sender: int, item: T | None) -> T:
+    """What the worker `sender` gives as `item`, at every worker. Collective."""
+    items: list[Any] = [item]
+    if workers() > 1:
+        dist.broadcast_object_list(items, group=parallel_state.get_expert_data_parallel_group(), group_src=sender)
+    return items[0]
+
+
 def from_first[T](make: Callable[[], T]) -> T:
     """What `make` returns on the first rank, on every rank. Collective; a `UserError` of it is raised on all."""
     answer: list[Any] = [None]
