@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Score the layers of a trained model by interventions: which do work, and which are wasted.
 
-Writes scores.json, scores.csv and figures to OUT. Under torchrun, work is spread over the ranks. An interrupted run
-goes on where it stopped when the same command is given again.
+Writes scores.json, scores.csv and figures to OUT. Under torchrun, work is spread over the ranks. After an interruption
+the same command goes on: interventions that were finished are not run again; what is measured of the model as it is,
+Jacobians among it, is.
 """
 
 import argparse

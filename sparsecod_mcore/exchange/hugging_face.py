@@ -29,7 +29,7 @@ class HuggingFaceModel:
         self.directory = directory
         self.config = read_json(directory / "config.json")
         model_type = self.config.get("model_type")
-        if model_type not in FAMILIES:
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise UserError(
                 f"{directory}: model_type {model_type!r} is not supported, {', '.join(FAMILIES)} are"
                 f"{nearest(str(model_type), FAMILIES)}"
@@ -46,7 +46,10 @@ class HuggingFaceModel:
     def _weight_files(self) -> list[Path]:
         index = self.directory / "model.safetensors.index.json"
         if index.exists():
-            files = sorted({self.directory / name for name in read_json(index).get("weight_map", {}).values()})
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise UserError(f"{index} is damaged: its weight_map does not name a file for each tensor")
+            files = sorted({self.directory / name for name in weight_map.values()})
             if any(file.parent != self.directory for file in files):
                 raise UserError(f"{index} names files outside of its directory")
         else:

@@ -13,6 +13,16 @@ from sparsecod_mcore.errors import UserError
 
 MODEL_TYPES = ("llama", "mistral")
 
+_COUNTS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "vocab_size",
+)
+_OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim", "sliding_window")
+
 # What Megatron's Llama 3 frequency scaling has fixed.
 _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -28,6 +38,7 @@ class Weight:
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Megatron's arguments, by destination, for a ``config.json``. Raises `UserError` for what has no counterpart."""
+    _check_numbers(config)
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"hidden_act {config['hidden_act']!r} is not supported for this family, 'silu' is")
     for name in ("attention_bias", "mlp_bias"):
@@ -55,6 +66,21 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
         "padded_vocab_size": config["vocab_size"],
         **_rope(config),
     }
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    """Raise `UserError` for what is no number where one is needed, `KeyError` for what is not there."""
+    for name in (*_COUNTS, *_OPTIONAL_COUNTS):
+        value = config[name] if name in _COUNTS else config.get(name)
+        if value is None and name in _OPTIONAL_COUNTS:
+            continue
+        if type(value) is not int or value < 1:
+            raise UserError(f"{name} is {value!r}, not a whole number of 1 or more")
+    if not isinstance(config["rms_norm_eps"], int | float):
+        raise UserError(f"rms_norm_eps is {config['rms_norm_eps']!r}, not a number")
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise UserError(f"{name} is {config[name]!r}, not an object")
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:

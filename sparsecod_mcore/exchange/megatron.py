@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.safe_globals import register_safe_globals
+from torch.distributed.checkpoint.api import CheckpointException
 
 from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.train import checkpoints
@@ -26,15 +27,31 @@ from sparsecod_mcore.train.checkpoint_metadata import read_metadata
 
 
 @contextmanager
-def _weights_only() -> Iterator[None]:
+def _opening(checkpoint: Path) -> Iterator[None]:
     """``torch.load`` in this process builds plain values and Megatron's own classes of settings, nothing else.
 
-    What PyTorch's checkpointing warns of is between Megatron and PyTorch.
+    What PyTorch's checkpointing warns of is between Megatron and PyTorch. Raises `UserError` for what goes wrong
+    meanwhile: damaged pickles fail in any way.
     """
     register_safe_globals()
-    with patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    try:
+        with patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except CheckpointException as error:  # no Exception; holds what failed by rank
+        failed, _ = next(iter(error.failures.values()))
+        raise _told(checkpoint, failed) from error
+    except Exception as error:
+        raise _told(checkpoint, error) from error
+
+
+def _told(checkpoint: Path, error: BaseException) -> UserError:
+    if isinstance(error, pickle.UnpicklingError):  # whose text tells how to load it all the same
+        return UserError(f"{checkpoint} is refused: a pickle of it is damaged, or holds more than plain values")
+    reason, _, _ = " ".join(str(error).split()).partition(". ")
+    if isinstance(error, CheckpointingException):
+        return UserError(f"{checkpoint} does not fit its own arguments: {reason}")
+    return UserError(f"{checkpoint} cannot be loaded ({type(error).__name__}: {reason})")
 
 
 def find_checkpoint(path: Path) -> Path | None:
@@ -62,12 +79,8 @@ def find_checkpoint(path: Path) -> Path | None:
 def read_arguments(checkpoint: Path) -> Namespace:
     """The arguments that the model was trained with."""
     read_metadata(checkpoint)
-    try:
-        with _weights_only():
-            arguments = load_common_state_dict(checkpoint).get("args")
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{checkpoint} is refused: its arguments hold more than plain values ({reason})") from None
+    with _opening(checkpoint):
+        arguments = load_common_state_dict(checkpoint).get("args")
     if not isinstance(arguments, Namespace):
         raise UserError(f"{checkpoint} holds no arguments of a training run, so its model is unknown")
     return arguments
@@ -76,12 +89,7 @@ def read_arguments(checkpoint: Path) -> Namespace:
 def load_weights(model: GPTModel, checkpoint: Path) -> None:
     """Copy the checkpoint's weights into `model`, whose layout may be another. Collective over all ranks."""
     read_metadata(checkpoint)
-    try:
-        with _weights_only():
-            metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=load_common_state_dict(checkpoint))
-            state = dist_checkpointing.load(
-                {"model": model.sharded_state_dict(metadata=metadata or {})}, str(checkpoint)
-            )
-    except CheckpointingException as error:
-        raise UserError(f"{checkpoint} does not fit its own arguments: {' '.join(str(error).split())}") from None
+    with _opening(checkpoint):
+        metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=load_common_state_dict(checkpoint))
+        state = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata or {})}, str(checkpoint))
     model.load_state_dict(state["model"], strict=True)

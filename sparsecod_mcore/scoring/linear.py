@@ -37,13 +37,18 @@ class LeastSquares:
 
     def merge(self, other: Self) -> None:
         """Take in what `other` has taken in."""
-        self._stack(other.factor_KC.to(self.factor_KC.device), other.tokens)
+        self._stack(other.factor_KC, other.tokens)
 
     def _stack(self, rows_MC: torch.Tensor, tokens: int) -> None:
         self.tokens += tokens
         _, factor_KC = torch.linalg.qr(torch.cat((self.factor_KC, rows_MC)), mode="r")
         # What is below would only tell how well Y is met.
         self.factor_KC = factor_KC[: self.width + 1].clone()
+
+    def to(self, device: torch.device | str) -> Self:
+        """This, with its factor on `device`."""
+        self.factor_KC = self.factor_KC.to(device)
+        return self
 
     def solve(self) -> tuple[torch.Tensor, torch.Tensor]:
         """W [D, D] and b [D], float64: of all solutions the smallest, with the usual cut-off of the rank."""
@@ -86,6 +91,10 @@ class LinearMap:
         # The factor's first row is the mean of every column, times √N.
         mean_C = fit.factor_KC[0] / fit.factor_KC[0, 0]
         return cls(weight_DD.float(), mean_C[1 : fit.width + 1].float(), mean_C[fit.width + 1 :].float())
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same map on `device`."""
+        return type(self)(self.weight_DD.to(device), self.centre_D.to(device), self.offset_D.to(device))
 
     def __call__(self, x_SBD: torch.Tensor) -> torch.Tensor:
         centred_SBD = x_SBD.float() - self.centre_D

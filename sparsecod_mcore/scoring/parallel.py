@@ -6,6 +6,7 @@ that would hold different tokens in training, those ranks work on the same token
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,16 +17,19 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from sparsecod_mcore import platform
 from sparsecod_mcore.errors import UserError
 
+# While others wait for it, one rank hashes the files of a large model, or runs units that take longer than the others'.
+TIMEOUT = timedelta(hours=12)
+
 
 def initialise(tensor: int = 1, expert: int = 1, seed: int = 1234) -> None:
     """Join the ranks that torchrun started, or be the only one, and split them into workers."""
     if not dist.is_initialized():
+        backend = "nccl" if platform.has_gpu() else "gloo"
         if "RANK" in os.environ:
             if platform.has_gpu():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if platform.has_gpu() else "gloo")
+            dist.init_process_group(backend, timeout=TIMEOUT)
         else:
-            backend = "nccl" if platform.has_gpu() else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     world = dist.get_world_size()
     if tensor < 1 or expert < 1 or world % (tensor * expert):
@@ -37,7 +41,10 @@ def initialise(tensor: int = 1, expert: int = 1, seed: int = 1234) -> None:
         assert parallel_state.get_tensor_model_parallel_world_size() == tensor
         assert parallel_state.get_expert_model_parallel_world_size() == expert
         return
-    parallel_state.initialize_model_parallel(tensor, expert_model_parallel_size=expert)
+    minutes = int(TIMEOUT.total_seconds() // 60)
+    parallel_state.initialize_model_parallel(
+        tensor, expert_model_parallel_size=expert, distributed_timeout_minutes=minutes
+    )
     model_parallel_cuda_manual_seed(seed)
 
 
@@ -74,6 +81,23 @@ def gather_from_workers[T](item: T) -> list[T]:
     items: list[Any] = [None] * workers()
     dist.all_gather_object(items, item, group=parallel_state.get_expert_data_parallel_group())
     return items
+
+
+def gather_at[T](receiver: int, item: T) -> list[T] | None:
+    """Every worker's `item`, in their order, at the worker `receiver`; None at the others. Collective."""
+    if workers() == 1:
+        return [item]
+    items: list[Any] | None = [None] * workers() if worker() == receiver else None
+    dist.gather_object(item, items, group=parallel_state.get_expert_data_parallel_group(), group_dst=receiver)
+    return items
+
+
+def from_worker[T](sender: int, item: T | None) -> T:
+    """What the worker `sender` gives as `item`, at every worker. Collective."""
+    items: list[Any] = [item]
+    if workers() > 1:
+        dist.broadcast_object_list(items, group=parallel_state.get_expert_data_parallel_group(), group_src=sender)
+    return items[0]
 
 
 def from_first[T](make: Callable[[], T]) -> T:

@@ -48,8 +48,9 @@ class Request:
 
 
 def score_model(request: Request) -> Scores:
-    """Score the model and write scores.json and scores.csv; the same call goes on where it was interrupted.
+    """Score the model and write scores.json and scores.csv.
 
+    After an interruption the same call runs all again but the interventions that were recorded.
     Collective under torchrun. Raises `UserError` for what the user can mend, before anything is computed.
     """
     check_names(request.names)

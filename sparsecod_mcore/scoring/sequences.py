@@ -1,6 +1,7 @@
 """The sequences that a model is scored on: tokens [N, T + 1], of which T are inputs and the last T targets."""
 
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -42,8 +43,10 @@ def _of_npy(path: Path) -> NDArray[np.integer]:
         tokens_NT = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
-    except ValueError:
-        raise UserError(f"{path} is no .npy file of numbers") from None
+    except (ValueError, EOFError, BadZipFile):
+        tokens_NT = None
+    if not isinstance(tokens_NT, np.ndarray):  # a .npz is a folder of arrays, whatever its name
+        raise UserError(f"{path} is no .npy file of numbers")
     if tokens_NT.ndim != 2 or not np.issubdtype(tokens_NT.dtype, np.integer) or 0 in tokens_NT.shape:
         raise UserError(
             f"{path} holds {tokens_NT.dtype} {list(tokens_NT.shape)}; integers [sequences, length + 1] are wanted"

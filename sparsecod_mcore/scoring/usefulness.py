@@ -34,16 +34,34 @@ class UsefulnessScore(Score):
         return FOLDS * self.num_layers * LeastSquares.held_bytes(self.stack.hidden_size)
 
     def gather(self) -> None:
-        reference = self.options.compat == "reference"
+        """Layers are dealt out: one worker puts together what all have seen of a layer, and solves for its maps."""
+        seen: dict[int, list[list[LeastSquares]]] = {}
         for layer, seen_here in enumerate(self.fits):
-            folds = [merged(parallel.gather_from_workers(fold)) for fold in seen_here]
+            everyone = parallel.gather_at(self._solver(layer), [fold.to("cpu") for fold in seen_here])
             seen_here.clear()
-            maps = [LinearMap.fitted(fold, reference=reference) for fold in folds if fold.tokens]
-            if len(maps) == FOLDS:
-                self.held_out.append(Substitute(layer, "held-out substitute", tuple(reversed(maps))))
-                folds[0].merge(folds[1])
-            whole = LinearMap.fitted(folds[0], reference=reference)
+            if everyone is not None:
+                seen[layer] = everyone
+        solved = {layer: self._solve(everyone) for layer, everyone in seen.items()}
+        for layer in range(self.num_layers):
+            maps = parallel.from_worker(self._solver(layer), solved.pop(layer, None))
+            whole, *of_folds = (found.to(self.stack.device) for found in maps)
             self.scored.append(Substitute(layer, "substitute", (whole,) * FOLDS))
+            if of_folds:
+                self.held_out.append(Substitute(layer, "held-out substitute", tuple(reversed(of_folds))))
+
+    def _solver(self, layer: int) -> int:
+        """The worker that solves for a layer's maps."""
+        return layer % parallel.workers()
+
+    def _solve(self, everyone: list[list[LeastSquares]]) -> list[LinearMap]:
+        """The map of all sequences, then those of each fold if there is more than one; on the host, to be sent."""
+        folds = [merged([fit.to(self.stack.device) for fit in fold]) for fold in zip(*everyone, strict=True)]
+        reference = self.options.compat == "reference"
+        maps = [LinearMap.fitted(fold, reference=reference) for fold in folds if fold.tokens]
+        if len(maps) < FOLDS:
+            return [found.to("cpu") for found in maps]
+        folds[0].merge(folds[1])
+        return [found.to("cpu") for found in (LinearMap.fitted(folds[0], reference=reference), *maps)]
 
     def interventions(self) -> Iterable[Intervention]:
         return [*self.scored, *self.held_out]

@@ -1,5 +1,6 @@
 """What a user can get wrong: exit code 2 and one sentence, before anything is computed."""
 
+import io
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sparsecod_mcore.train.checkpoint_metadata import read_metadata
 from tests.distributed.jobs import REPOSITORY
 from tests.scoring.random_models import GQA, random_tokens, save_random_checkpoint
 
@@ -48,6 +50,16 @@ def hugging_face(folder: Path, **changes: object) -> Path:
     return folder
 
 
+def spoil_a_weight(checkpoint: Path, content: object) -> None:
+    """Put `content` in the place of a tensor of a checkpoint."""
+    place = max(read_metadata(checkpoint).storage_data.values(), key=lambda place: place.length)
+    saved = io.BytesIO()
+    torch.save(content, saved)
+    with (checkpoint / place.relative_path).open("r+b") as file:
+        file.seek(place.offset)
+        file.write(saved.getvalue().ljust(place.length, b"\0"))
+
+
 @pytest.fixture
 def places(tmp_path: Path) -> dict[str, Path]:
     """Folders and files, each of which has something wrong with it, and `fine` and `tokens`."""
@@ -65,6 +77,13 @@ def places(tmp_path: Path) -> dict[str, Path]:
     folder["family"] = hugging_face(tmp_path / "family", model_type="lama")
     folder["biased"] = hugging_face(tmp_path / "biased", attention_bias=True)
     folder["yarn"] = hugging_face(tmp_path / "yarn", rope_scaling={"type": "yarn", "factor": 2.0})
+    folder["families"] = hugging_face(tmp_path / "families", model_type=["llama"])
+    folder["words"] = hugging_face(tmp_path / "words", num_hidden_layers="2")
+    folder["index"] = hugging_face(tmp_path / "index")
+    (folder["index"] / "model.safetensors.index.json").write_text('{"weight_map": ["model.safetensors"]}')
+    folder["weights"] = tmp_path / "weights"
+    shutil.copytree(folder["fine"], folder["weights"])
+    spoil_a_weight(folder["weights"], Trap(sprung))
     folder["lacking"] = hugging_face(tmp_path / "lacking")
     save_file({"model.embed_tokens.weight": torch.zeros(97, 16)}, folder["lacking"] / "model.safetensors")
     folder["cut"] = hugging_face(tmp_path / "cut")
@@ -77,6 +96,9 @@ def places(tmp_path: Path) -> dict[str, Path]:
         np.save(folder[name], content)
     folder["objects"] = tmp_path / "objects.npy"
     np.save(folder["objects"], np.array([Trap(sprung)], dtype=object), allow_pickle=True)
+    folder["archive"] = tmp_path / "archive.npy"
+    with folder["archive"].open("wb") as file:
+        np.savez(file, tokens=tokens)
     return folder
 
 
@@ -86,9 +108,14 @@ MISTAKES = {
     "no checkpoint": ("--model {none}", "is no model: it holds neither a torch_dist checkpoint nor"),
     "a pickle": ("--model {trap}", "pytorch_model.bin is a pickle, which can run code when it is opened"),
     "a pickle as metadata": ("--model {metadata}", ".metadata is refused: it wants posix.mkdir, which"),
-    "a pickle as arguments": ("--model {args}", "is refused: its arguments hold more than plain values"),
+    "a pickle as arguments": ("--model {args}", "is refused: a pickle of it is damaged, or holds more than plain"),
+    "a pickle as a weight": ("--model {weights}", "is refused: a pickle of it is damaged, or holds more than plain"),
     "a pickle as tokens": ("--data {objects}", "objects.npy is no .npy file of numbers"),
+    "an archive as tokens": ("--data {archive}", "archive.npy is no .npy file of numbers"),
     "family": ("--model {family}", "model_type 'lama' is not supported, llama, mistral are (did you mean 'llama'?)"),
+    "families": ("--model {families}", "model_type ['llama'] is not supported, llama, mistral are"),
+    "a count in words": ("--model {words}", "config.json: num_hidden_layers is '2', not a whole number of 1 or more"),
+    "an index of a list": ("--model {index}", "is damaged: its weight_map does not name a file for each tensor"),
     "bias": ("--model {biased}", "config.json: attention_bias: true is not supported"),
     "rope": ("--model {yarn}", "rope scaling 'yarn' is not supported"),
     "a tensor is missing": ("--model {lacking}", "lacks the tensor model.layers.0.input_layernorm.weight"),

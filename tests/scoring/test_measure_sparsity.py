@@ -14,10 +14,10 @@ import torch
 from megatron.core import parallel_state
 
 from sparsecod_mcore.scoring.measure import Request, measure
-from sparsecod_mcore.scoring.results import Scores, read_scores
-from sparsecod_mcore.scoring.schema import entries
+from sparsecod_mcore.scoring.results import read_scores
 from sparsecod_mcore.scoring.stack import Stack
 from tests.distributed.jobs import REPOSITORY, TORCHRUN, environment
+from tests.scoring.compare import assert_reproduced, assert_same_figures
 from tests.scoring.random_models import GQA, MOE, random_tokens, save_random_checkpoint
 
 TOOL = str(REPOSITORY / "tools" / "measure_sparsity.py")
@@ -41,23 +41,8 @@ def test_the_reference_is_reproduced(tmp_path: Path, shared_data: Path, monkeypa
     assert measure_sparsity(monkeypatch, *flags, "--lengths", "64,256", "--out", tmp_path) == 0
     scores = read_scores(tmp_path / "sparsity.json")
     expected = json.loads((folder / "expected_scores.json").read_text())
-    assert scores.attention is not None and scores.moments is not None and scores.weight_sparsity is not None
-    assert list(scores.attention.lengths) == ["64", "256"]
-    attention, streams = scores.attention.lengths["256"], scores.moments.streams
-    variance = expected["variance"]
-    pairs = [
-        (attention.entropy, expected["attention"]["entropy"]),
-        (scores.moments.embedding["variance"], variance["embedding"]),
-        *((values["variance"], variance[stream]) for stream, values in streams.items()),
-        (streams["after_attention"]["covariance"], variance["cov_residual_attention"]),
-        (streams["layer_output"]["covariance"], variance["cov_residual_mlp"]),
-        (streams["layer_output"]["dimension_kurtosis"], expected["kurtosis_layer_output"]),
-    ]
-    for threshold, sparsity in expected["attention"]["sparsity_causal"].items():
-        pairs.append((attention.sparsity_causal[threshold], sparsity))
-        pairs.append((scores.weight_sparsity.model[threshold], expected["weight_sparsity"][threshold]))
-    for found, wanted in pairs:
-        np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    assert_reproduced(scores, expected, missing={"loss", "causal", "permutation", "usefulness", "jacobian"})
+    assert scores.attention is not None and list(scores.attention.lengths) == ["64", "256"]
     assert (scores.layers, scores.sequences, scores.length) == (5, 64, 256)
     assert scores.provenance.tokens == 64 * 256
     assert sorted(path.stem for path in (tmp_path / "figures").glob("*.svg")) == ["attention", "weights"]
@@ -66,7 +51,8 @@ def test_the_reference_is_reproduced(tmp_path: Path, shared_data: Path, monkeypa
 
     again = measure(Request(model=str(folder), data=str(folder / "tokens.npy"), what=["entropy"]))
     assert again.weight_sparsity is None and again.moments is None
-    assert again.attention is not None and again.attention.lengths["256"] == attention
+    assert again.attention is not None
+    assert again.attention.lengths["256"] == scores.attention.lengths["256"]
 
 
 def test_an_interrupted_run_goes_on(
@@ -113,14 +99,9 @@ def test_parallel_layouts_agree(tmp_path: Path) -> None:
     for layout, checkpoint in checkpoints.items():
         alone = measure(Request(model=str(checkpoint), data=str(tokens), lengths=[49, 20]))
         for rank in range(2):
-            assert_same_figures(read_scores(tmp_path / f"{layout}-{rank}.json"), alone)
-
-
-def assert_same_figures(found: Scores, expected: Scores) -> None:
-    assert found.provenance == expected.provenance
-    for entry, wanted in zip(entries(found), entries(expected), strict=True):
-        assert str(entry) == str(wanted)
-        assert entry.value == pytest.approx(wanted.value, rel=1e-5, abs=1e-7), str(wanted)
+            found = read_scores(tmp_path / f"{layout}-{rank}.json")
+            assert found.provenance == alone.provenance
+            assert_same_figures(found, alone, 1e-5)
 
 
 MISTAKES = {

@@ -21,10 +21,10 @@ from sparsecod_mcore.scoring.interventions import ZeroExperts
 from sparsecod_mcore.scoring.registry import DEFAULT_SCORES, make_scores
 from sparsecod_mcore.scoring.results import Scores, read_scores
 from sparsecod_mcore.scoring.run import Request, score_model
-from sparsecod_mcore.scoring.schema import entries
 from sparsecod_mcore.scoring.score import Options
 from sparsecod_mcore.scoring.stack import load_stack
 from tests.distributed.jobs import REPOSITORY, TORCHRUN, environment
+from tests.scoring.compare import assert_reproduced, assert_same_figures
 from tests.scoring.random_models import GQA, MOE, random_tokens, save_random_checkpoint
 
 TOOL = str(REPOSITORY / "tools" / "score_layers.py")
@@ -44,31 +44,14 @@ def score(model: Path, data: Path, out: Path, names: str = EVERY, **options: obj
     return score_model(Request(model=str(model), data=str(data), names=names.split(","), out=out, **options))
 
 
-def assert_same_figures(found: Scores, expected: Scores, tolerance: float) -> None:
-    for figure, wanted in zip(entries(found), entries(expected), strict=True):
-        assert str(figure) == str(wanted)
-        if figure.path[0] != "provenance" and isinstance(wanted.value, float):
-            assert figure.value == pytest.approx(wanted.value, rel=tolerance, abs=tolerance, nan_ok=True), str(wanted)
-
-
 def test_the_reference_is_reproduced(tmp_path: Path, shared_data: Path) -> None:
-    """Every figure of expected_scores.json that interventions give, to 1e-4 relative."""
+    """Every figure of expected_scores.json, by the tool's default scores, to 1e-4 relative."""
     folder = shared_data / "stories260k"
     expected = json.loads((folder / "expected_scores.json").read_text())
     scores = score(folder, folder / "tokens.npy", tmp_path)
     assert read_scores(tmp_path / "scores.json") == scores
-    assert scores.causal and scores.permutation and scores.usefulness and scores.skip and scores.effective_depth
-    for found, wanted in (
-        (scores.loss, expected["loss"]),
-        (scores.causal.matrix, expected["causal"]["matrix"]),
-        (scores.causal.score, expected["causal"]["score"]),
-        (scores.skip.loss, expected["causal"]["skip_loss"]),
-        (scores.permutation.matrix, expected["permutation"]["matrix"]),
-        (scores.permutation.score, expected["permutation"]["score"]),
-        (scores.usefulness.scored.relative_loss_increase, expected["usefulness"]["relative_loss_increase"]),
-        (scores.usefulness.scored.score, expected["usefulness"]["score"]),
-    ):
-        np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    assert_reproduced(scores, expected)
+    assert scores.effective_depth is not None and scores.usefulness is not None
     assert (scores.effective_depth.effective, scores.effective_depth.wasted) == (5, 0)
     assert scores.usefulness.held_out is not None
     # Fitted on half the sequences, and on none of those that are scored: a little worse, never better.
@@ -251,12 +234,35 @@ def test_similarity(random_model: tuple[Path, Path], tmp_path: Path) -> None:
     np.testing.assert_allclose(similarity.matrix, expected, rtol=1e-5)
 
 
+def test_rows_of_a_jacobian_are_outputs(tmp_path: Path) -> None:
+    """Against reverse mode, through one layer, of the mean over tokens, by a shift of all tokens."""
+    save_random_checkpoint(GQA, tmp_path / "model")
+    np.save(tmp_path / "tokens.npy", random_tokens(3, 12).numpy())
+    options = Options(jacobian_sequences=2)
+    jacobian = score(
+        tmp_path / "model", tmp_path / "tokens.npy", tmp_path / "out", "jacobian", options=options
+    ).jacobian
+    assert jacobian is not None and jacobian.sequences == 2
+    stack = load_stack(tmp_path / "model")
+    hidden_SBD = stack.layer(0, stack.embed(random_tokens(3, 12)[:2, :-1]))
+
+    def mean_output(shift_D: torch.Tensor) -> torch.Tensor:
+        output_SBD, _ = stack.layers[1](hidden_SBD + shift_D, None, rotary_pos_emb=stack.rotary_embedding(11))
+        return output_SBD.mean((0, 1))
+
+    expected_DD = torch.autograd.functional.jacobian(mean_output, torch.zeros(stack.hidden_size))
+    assert (expected_DD - expected_DD.T).norm() > 0.5 * expected_DD.norm()
+    matrix_DD = torch.tensor(jacobian.layers[1].matrix)
+    assert (matrix_DD - expected_DD).norm() < 1e-5 * expected_DD.norm()
+
+
 MEMORY = """
 import resource, sys
 from pathlib import Path
 from sparsecod_mcore import platform; platform.prepare()
 import torch
 from sparsecod_mcore.scoring import engine, interventions, plan, registry, score, work_file
+from tests.scoring.compare import assert_reproduced, assert_same_figures
 from tests.scoring.random_models import GQA, random_stack
 torch.set_num_threads(2)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
