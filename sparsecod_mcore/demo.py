@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from sparsecod_mcore import platform
 from sparsecod_mcore.data import (
     Corpus,
     DocstringCorpus,
@@ -21,6 +22,7 @@ from sparsecod_mcore.data import (
 )
 from sparsecod_mcore.report.figures import save_variance_figure
 from sparsecod_mcore.report.tables import jacobian_table, variance_table
+from sparsecod_mcore.scoring.provenance import hash_files
 from sparsecod_mcore.scoring.results import read_scores
 from sparsecod_mcore.scoring.summary import summary
 
@@ -71,7 +73,7 @@ def _train(run: Path, data: Path, tokenizer: Path) -> None:
 def _score(run: Path, data: Path) -> None:
     """Score a few held-out sequences: enough to tell layers apart, in well under a minute."""
     out = run / "scores"
-    if (out / "scores.json").exists():
+    if _are_of_present_weights(out / "scores.json", run):
         print(f"\n{summary(read_scores(out / 'scores.json'))}")
         return
     length = yaml.safe_load(CONFIG.read_text())["seq_length"]
@@ -79,6 +81,16 @@ def _score(run: Path, data: Path) -> None:
     arguments += ["--length", str(length), "--sequences", str(SCORED_SEQUENCES)]
     command = ["tools/score_layers.py", *arguments]
     _run(["python", *command], [sys.executable, *command])
+
+
+def _are_of_present_weights(scores: Path, run: Path) -> bool:
+    """Whether there are scores, and of the checkpoint that the run has now: it may have been trained on since."""
+    if not scores.exists():
+        return False
+    platform.prepare()
+    from sparsecod_mcore.scoring.stack import model_files  # imports Megatron, which nothing else here waits for
+
+    return read_scores(scores).provenance.model_sha256 == hash_files(model_files(run))
 
 
 def _run(shown: list[str], command: list[str]) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sparsecod_mcore.data.atomic import make_folder
 from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.report.score_figures import save_score_figures
 from sparsecod_mcore.scoring import parallel
@@ -21,11 +21,11 @@ from sparsecod_mcore.scoring.plan import Plan, make_plan
 from sparsecod_mcore.scoring.provenance import provenance_of
 from sparsecod_mcore.scoring.registry import check_names, make_scores
 from sparsecod_mcore.scoring.results import Provenance, Scores, write_scores
-from sparsecod_mcore.scoring.score import Measured, Options
+from sparsecod_mcore.scoring.score import Measured, Options, Score
 from sparsecod_mcore.scoring.sequences import check_sequences, load_sequences
 from sparsecod_mcore.scoring.stack import Stack, load_stack, model_files
 from sparsecod_mcore.scoring.summary import summary
-from sparsecod_mcore.scoring.work_file import UnitSums, WorkFiles
+from sparsecod_mcore.scoring.work_file import UnitSums, WorkFiles, alone_in
 
 DTYPES: dict[Literal["float32", "bfloat16"], torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -63,27 +63,35 @@ def score_model(request: Request) -> Scores:
     tokens = check_sequences(tokens_NT, stack, request.data)
     if stack.num_layers < 2:
         raise UserError(f"{request.model} has one layer; scores compare layers, so two or more are needed")
-    parallel.from_first(lambda: make_folder(request.out))
     scores = make_scores(request.names, stack, request.options)
     plan = make_plan(stack, scores, len(tokens), tokens.shape[1] - 1, request.budget)
-    provenance = parallel.from_first(lambda: _provenance(request, stack, tokens_NT))
-    files = WorkFiles(request.out / "unfinished", _fingerprint(request, plan, provenance))
+    work = request.out / "unfinished"
+    with ExitStack() as held:
+        parallel.from_first(lambda: held.enter_context(alone_in(work)))
+        provenance = parallel.from_first(lambda: _provenance(request, stack, tokens_NT))
+        files = WorkFiles(work, _fingerprint(request, plan, provenance))
+        measured = _measure(stack, tokens, plan, scores, files)
+        found = Scores(
+            provenance=provenance,
+            layers=stack.num_layers,
+            sequences=len(tokens),
+            length=tokens.shape[1] - 1,
+            loss=measured.loss,
+            **measured.finished,
+        )
+        parallel.from_first(lambda: _write(request.out, found, files))
+    return found
+
+
+def _measure(stack: Stack, tokens: torch.Tensor, plan: Plan, scores: Sequence[Score], files: WorkFiles) -> Measured:
+    """Run the model as it is and under all interventions, and finish every score."""
     engine = Engine(stack, tokens, plan)
     unchanged = engine.run_unchanged(scores)
     groups = by_first(item for score in scores for item in score.interventions())
     measured = means(stack, tokens, unchanged, engine.run_units(groups, files))
     for score in scores:
         measured.finished[score.name] = score.result(measured)
-    found = Scores(
-        provenance=provenance,
-        layers=stack.num_layers,
-        sequences=len(tokens),
-        length=tokens.shape[1] - 1,
-        loss=measured.loss,
-        **measured.finished,
-    )
-    parallel.from_first(lambda: _write(request.out, found, files))
-    return found
+    return measured
 
 
 def _provenance(request: Request, stack: Stack, tokens_NT: NDArray[np.int64]) -> Provenance:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
+from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.exchange.hugging_face import HuggingFaceModel
 from sparsecod_mcore.model.build import evaluation_arguments
 from sparsecod_mcore.scoring import plan
@@ -23,6 +24,7 @@ from sparsecod_mcore.scoring.results import Scores, read_scores
 from sparsecod_mcore.scoring.run import Request, score_model
 from sparsecod_mcore.scoring.score import Options
 from sparsecod_mcore.scoring.stack import load_stack
+from sparsecod_mcore.scoring.work_file import alone_in
 from tests.distributed.jobs import REPOSITORY, TORCHRUN, environment
 from tests.scoring.compare import assert_reproduced, assert_same_figures
 from tests.scoring.random_models import GQA, MOE, random_tokens, save_random_checkpoint
@@ -126,7 +128,8 @@ def test_a_killed_run_goes_on(random_model: tuple[Path, Path], tmp_path: Path, m
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     measured = record.read_text()
-    record.write_text(measured + measured[: len(measured) // 7])  # a line that was cut off
+    # A block that never reached the disk, and a line that was cut off.
+    record.write_bytes(b"\0\xff\n" + measured.encode() + measured[: len(measured) // 7].encode())
 
     run: list[str] = []
     plain = plan.share_of
@@ -141,6 +144,14 @@ def test_a_killed_run_goes_on(random_model: tuple[Path, Path], tmp_path: Path, m
     for name in ("scores.json", "scores.csv"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not (tmp_path / "killed" / "unfinished").exists()
+
+
+def test_a_second_run_is_refused(random_model: tuple[Path, Path], tmp_path: Path) -> None:
+    model, tokens = random_model
+    with alone_in(tmp_path / "out" / "unfinished"), pytest.raises(UserError, match="another run is at work in"):
+        score(model, tokens, tmp_path / "out", "skip")
+    assert score(model, tokens, tmp_path / "out", "skip").skip is not None
+    assert not (tmp_path / "out" / "unfinished").exists()
 
 
 def test_chunks_and_batches_make_no_difference(
