@@ -44,7 +44,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, metavar="T", help="tokens of a sequence that are inputs")
     parser.add_argument("--pairs", default="all", metavar="sample:N", help="permutation of N pairs, with an interval")
     parser.add_argument(
-        "--jacobian", default="all", metavar="probes:N", help="norms from N directions, not the whole matrix"
+        "--jacobian",
+        default="all",
+        metavar="probes:N",
+        help="norms from N random directions (2 or more) instead of the whole matrix, `all`",
     )
     parser.add_argument(
         "--jacobian-sequences", type=int, default=8, metavar="N", help="that Jacobians are of (default: %(default)s)"
