@@ -1,6 +1,5 @@
 """Hugging Face directories, read in memory: ``config.json`` and ``*.safetensors``. Pickles are never opened."""
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sparsecod_mcore.data.json_file import read_json
 from sparsecod_mcore.errors import UserError, nearest
 from sparsecod_mcore.exchange import llama
 
@@ -88,19 +88,6 @@ class HuggingFaceModel:
                 yield weight.name, weight.merge(*(file_of[name].get_tensor(name) for name in weight.sources))
         if unused:
             raise UserError(f"{self.directory} has a tensor {min(unused)}, which its config.json does not account for")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises `UserError` if it cannot be read or is something else."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: it is not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
-    return content
 
 
 def load_parameters(model: torch.nn.Module, source: HuggingFaceModel, rank: int, size: int) -> None:

@@ -7,13 +7,13 @@ hold the pair (i, j), i < j, at [i][j] and 0 elsewhere; pairs that were not meas
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
 from sparsecod_mcore.data.atomic import make_folder, write_atomically
+from sparsecod_mcore.data.json_file import read_json
 from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.scoring.schema import Malformed, axes, check, decode, encode, entries, fraction
 
@@ -59,7 +59,6 @@ class Causal:
 
     matrix: Matrix = axes("layer", "other_layer", low=0.0)
     score: float = axes(low=0.0)
-    interval: Interval | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +142,6 @@ class LayerJacobian:
     diagonal_std: float | None = axes(low=0.0, default=None)
     frobenius: float | None = axes(low=0.0, default=None)
     spectral: float | None = axes(low=0.0, default=None)
-    token_sensitivity: float | None = axes(low=0.0, default=None)  # E_v mean_t ‖((J − I) v)_t‖² / d
     matrix: Matrix | None = axes("output", "input", in_table=False, default=None)
 
 
@@ -269,13 +267,8 @@ def write_scores(folder: Path, scores: Scores, name: str = "scores") -> None:
 
 def read_scores(path: Path) -> Scores:
     """Read and check a file of `write_scores`. Raises `UserError` if it is not there or something else."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: it is not valid JSON ({error})") from None
-    found = content.get("schema_version") if isinstance(content, dict) else None
+    content = read_json(path)
+    found = content.get("schema_version")
     if found != SCHEMA_VERSION:
         raise UserError(f"{path} holds no scores of schema {SCHEMA_VERSION} (its schema_version: {found})")
     try:

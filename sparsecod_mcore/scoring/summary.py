@@ -8,11 +8,12 @@ def summary(scores: Scores) -> str:
     lines = []
     if scores.loss is not None:
         lines.append(f"loss {scores.loss:.4f} nats per token, {scores.sequences} sequences of {scores.length}")
-    for name, score in (("causal", scores.causal), ("permutation", scores.permutation)):
-        if score is not None:
-            sampled = score.interval
-            reach = "" if sampled is None else f" [{sampled.low:.4f}, {sampled.high:.4f}], {sampled.pairs} pairs"
-            lines.append(f"{name} score {score.score:.4f}{reach}")
+    if scores.causal is not None:
+        lines.append(f"causal score {scores.causal.score:.4f}")
+    if scores.permutation is not None:
+        sampled = scores.permutation.interval
+        reach = "" if sampled is None else f" [{sampled.low:.4f}, {sampled.high:.4f}], {sampled.pairs} pairs"
+        lines.append(f"permutation score {scores.permutation.score:.4f}{reach}")
     if scores.usefulness is not None:
         held_out = scores.usefulness.held_out
         beside = "" if held_out is None else f"; {held_out.score:.4f} with maps fitted on other sequences"

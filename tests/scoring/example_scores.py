@@ -95,12 +95,12 @@ def example_scores(layers: int = 4, heads: int = 2, width: int = 16, experts: in
         sequences=8,
         length=64,
         loss=2.5,
-        causal=results.Causal(
-            matrix=causal,
-            score=float(np.mean(causal)),
-            interval=results.Interval(low=0.1, high=0.9, confidence=0.95, pairs=5),
+        causal=results.Causal(matrix=causal, score=float(np.mean(causal))),
+        permutation=results.Permutation(
+            matrix=pairs(6.0),
+            score=1.0,
+            interval=results.Interval(low=0.1, high=1.9, confidence=0.95, pairs=5),
         ),
-        permutation=results.Permutation(matrix=pairs(6.0), score=1.0),
         usefulness=results.Usefulness(
             scored=results.Fit.of(increases_L), held_out=results.Fit.of([1.2 * x for x in increases_L])
         ),

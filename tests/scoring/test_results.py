@@ -102,7 +102,7 @@ def test_malformed_files_are_refused(mistake: str, tmp_path: Path) -> None:
 
 def test_files_that_are_no_scores_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "scores.json"
-    for content, complaint in (("{", "not valid JSON"), ("[]", "no scores of schema"), ("{}", "schema_version: None")):
+    for content, complaint in (("{", "not valid JSON"), ("[]", "holds no JSON object"), ("{}", "schema_version: None")):
         path.write_text(content)
         with pytest.raises(UserError, match=complaint):
             read_scores(path)
