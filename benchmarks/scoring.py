@@ -1,8 +1,10 @@
 """The scoring engine against the published procedure, done plainly, on the same model with the same results.
 
 Plainly: every intervention is a full forward pass in micro-batches of 4 sequences; each layer's linear substitute has
-a pass of its own that collects what goes in and comes out, and one `lstsq` in float64. Both ways run the same Megatron
-layers. They take turns, and the ratio is taken within a round, so that a noisy machine harms both alike.
+a pass of its own that collects what goes in and comes out, and one `lstsq` in float64; each layer's Jacobian, over the
+first 8 sequences in micro-batches of 2, takes one gradient for every output dimension. Both ways run the same Megatron
+layers. They take turns, and ratios are taken within a round, so that a noisy machine harms both alike. Ratios are of
+the whole and of its parts: linear fits, Jacobians, and interventions, which are the rest.
 """
 
 import argparse
@@ -13,10 +15,12 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from sparsecod_mcore import platform
@@ -25,11 +29,13 @@ platform.prepare()  # before anything imports Megatron
 
 import torch  # noqa: E402
 
+from benchmarks.jacobian_matrix import rows_by_backward  # noqa: E402
 from benchmarks.measure import machine  # noqa: E402
 from sparsecod_mcore.exchange import llama  # noqa: E402
 from sparsecod_mcore.model.build import build_model, evaluation_arguments  # noqa: E402
 from sparsecod_mcore.scoring import engine, parallel, run, usefulness  # noqa: E402
 from sparsecod_mcore.scoring.interventions import by_first  # noqa: E402
+from sparsecod_mcore.scoring.jacobian import JacobianScore  # noqa: E402
 from sparsecod_mcore.scoring.plan import make_plan  # noqa: E402
 from sparsecod_mcore.scoring.registry import make_scores  # noqa: E402
 from sparsecod_mcore.scoring.score import Options  # noqa: E402
@@ -37,7 +43,9 @@ from sparsecod_mcore.scoring.stack import Stack  # noqa: E402
 from sparsecod_mcore.scoring.work_file import WorkFiles  # noqa: E402
 
 MICRO_BATCH = 4
-COMPARED = ("causal", "permutation", "usefulness", "skip")  # what both ways compute
+COMPARED = ("causal", "permutation", "usefulness", "skip", "jacobian")  # what both ways compute
+JACOBIAN_SEQUENCES = 8
+LINEAR, JACOBIANS, INTERVENTIONS = "linear fits", "Jacobians", "interventions"
 RESULTS = Path(__file__).parent / "results"
 
 type Layer = Callable[[torch.Tensor], torch.Tensor]
@@ -72,6 +80,7 @@ class Plain:
 
     def __init__(self, stack: Stack, tokens_NT: torch.Tensor) -> None:
         self.stack = stack
+        self.jacobian_tokens_NT = tokens_NT[:JACOBIAN_SEQUENCES]
         self.batches = tokens_NT.split(MICRO_BATCH)
         self.usual: list[Layer] = [self._layer(index) for index in range(stack.num_layers)]
 
@@ -104,7 +113,8 @@ class Plain:
                 swaps.append(abs(self.loss(order) - loss) / loss)
         skips = [self.loss(self.changed(index, lambda hidden_SBD: hidden_SBD)) for index in layers]
         useful = [(self.loss(self.changed(index, self.substitute(index))) - loss) / loss for index in layers]
-        return {"permutation": swaps, "skip": skips, "usefulness": useful, "causal": self.causal()}
+        figures = {"permutation": swaps, "skip": skips, "usefulness": useful, "causal": self.causal()}
+        return figures | {"jacobian": self.jacobians()}
 
     def causal(self) -> list[float]:
         changes: dict[tuple[int, int], float] = defaultdict(float)
@@ -129,10 +139,20 @@ class Plain:
         solution_KD = torch.linalg.lstsq(torch.cat((x_MD, ones_M1), dim=1), y_MD).solution.float()
         return lambda hidden_SBD: hidden_SBD @ solution_KD[:-1] + solution_KD[-1]
 
+    def jacobians(self) -> list[float]:
+        """The entries of every layer's matrix, row by row."""
+        entries: list[float] = []
+        hidden_SBD = self.stack.embed(self.jacobian_tokens_NT[:, :-1])
+        for index, layer in enumerate(self.usual):
+            rows_DD = rows_by_backward(self.stack, index, hidden_SBD, self.stack.hidden_size)
+            entries += rows_DD.flatten().tolist()
+            hidden_SBD = layer(hidden_SBD)
+        return entries
+
 
 def by_engine(stack: Stack, tokens_NT: torch.Tensor) -> Figures:
     """The same figures; of usefulness also the fits that are held out."""
-    scores = make_scores(COMPARED, stack, Options())
+    scores = make_scores(COMPARED, stack, Options(jacobian_sequences=JACOBIAN_SEQUENCES))
     plan = make_plan(stack, scores, len(tokens_NT), tokens_NT.shape[1] - 1, None)
     working = engine.Engine(stack, tokens_NT, plan)
     unchanged = working.run_unchanged(scores)
@@ -149,38 +169,64 @@ def by_engine(stack: Stack, tokens_NT: torch.Tensor) -> Figures:
         "skip": found["skip"].loss,
         "usefulness": found["usefulness"].scored.relative_loss_increase,
         "causal": [found["causal"].matrix[i][j] for i, j in pairs],
+        "jacobian": [entry for layer in found["jacobian"].layers for row in layer.matrix for entry in row],
     }
 
 
 @contextmanager
 def timed_parts() -> Iterator[dict[str, float]]:
-    """Seconds that the engine spends in each kind of work."""
+    """Seconds that go into each kind of work, either way; what one kind does within another counts for the latter."""
     seconds: dict[str, float] = defaultdict(float)
-    places = {
-        "layers": (Stack, "layer"),
-        "output layer and loss": (Stack, "losses"),
-        "least squares": (usefulness.LeastSquares, "add"),
-        "solving them": (usefulness.UsefulnessScore, "gather"),
-    }
-    originals = {part: getattr(owner, name) for part, (owner, name) in places.items()}
+    places = [
+        ("layers", Stack, "layer"),
+        ("output layer and loss", Stack, "losses"),
+        (LINEAR, usefulness.LeastSquares, "add"),
+        (LINEAR, usefulness.UsefulnessScore, "gather"),
+        (LINEAR, Plain, "substitute"),
+        (JACOBIANS, JacobianScore, "result"),
+        (JACOBIANS, Plain, "jacobians"),
+    ]
+    within: list[str] = []
 
     def timed(part: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
+            within.append(part)
             began = time.perf_counter()
             try:
                 return original(*arguments, **options)
             finally:
-                seconds[part] += time.perf_counter() - began
+                within.pop()
+                if not within:
+                    seconds[part] += time.perf_counter() - began
 
         return call
 
-    for part, (owner, name) in places.items():
-        setattr(owner, name, timed(part, originals[part]))
-    try:
+    with ExitStack() as patches:
+        for part, owner, name in places:
+            patches.enter_context(patch.object(owner, name, timed(part, getattr(owner, name))))
         yield seconds
-    finally:
-        for part, (owner, name) in places.items():
-            setattr(owner, name, originals[part])
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One way's turn: its figures, and seconds, in all and by kind of work."""
+
+    figures: Figures
+    seconds: float
+    kinds: dict[str, float]
+
+    @classmethod
+    def take(cls, call: Callable[[], Figures]) -> Self:
+        with timed_parts() as kinds:
+            began = time.perf_counter()
+            figures = call()
+            seconds = time.perf_counter() - began
+        return cls(figures, seconds, dict(kinds))
+
+    def parts(self) -> dict[str, float]:
+        """Seconds by part of the suite."""
+        parts = {part: self.kinds[part] for part in (LINEAR, JACOBIANS)}
+        return {"whole": self.seconds, INTERVENTIONS: self.seconds - sum(parts.values()), **parts}
 
 
 def largest_difference(found: Figures, expected: Figures) -> float:
@@ -204,40 +250,42 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     stack = random_stack(arguments.layers, arguments.width, arguments.length)
     tokens_NT = torch.randint(1024, (arguments.sequences, arguments.length + 1))
-    ways: dict[str, Callable[[], Figures]] = {
-        "plain": lambda: Plain(stack, tokens_NT).score(),
-        "engine": lambda: by_engine(stack, tokens_NT),
-    }
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    figures: dict[str, Figures] = {}
-    parts: dict[str, float] = {}
+    plain, ours = [], []
     for _ in range(arguments.rounds):
-        for way, call in ways.items():
-            with timed_parts() as inside:
-                began = time.perf_counter()
-                figures[way] = call()
-                seconds[way].append(time.perf_counter() - began)
-            if way == "engine":
-                parts = dict(inside)
-    ratios = [plain / ours for plain, ours in zip(seconds["plain"], seconds["engine"], strict=True)]
-    difference = largest_difference(figures["engine"], figures["plain"])
-    shares = {part: value / seconds["engine"][-1] for part, value in parts.items()}
-    shares["the rest"] = 1 - sum(shares.values())
-    for way, values in seconds.items():
-        print(f"{way:8} {statistics.median(values):8.2f} s")
-    print(
-        f"the engine is {statistics.median(ratios):.2f} times as fast (rounds: {', '.join(f'{r:.2f}' for r in ratios)})"
-    )
-    print(f"largest relative difference of a figure: {difference:.1e}")
-    print("where the engine's time goes: " + ", ".join(f"{part} {share:.0%}" for part, share in shares.items()))
+        plain.append(Turn.take(lambda: Plain(stack, tokens_NT).score()))
+        ours.append(Turn.take(lambda: by_engine(stack, tokens_NT)))
+    result = compare(plain, ours)
     if arguments.save:
         settings = {name: getattr(arguments, name) for name in ("layers", "width", "sequences", "length", "threads")}
-        result = {"benchmark": "scoring", **settings, "micro_batch": MICRO_BATCH, **machine("cpu")}
-        result |= {"seconds": seconds, "ratios": ratios, "ratio": statistics.median(ratios)}
-        result |= {"largest_relative_difference": difference, "shares": shares}
+        settings |= {"micro_batch": MICRO_BATCH, "jacobian_sequences": JACOBIAN_SEQUENCES}
         path = RESULTS / f"scoring_{arguments.width}.json"
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        path.write_text(json.dumps({"benchmark": "scoring", **settings, **machine("cpu"), **result}, indent=2) + "\n")
         print(f"wrote {path}")
+
+
+def compare(plain: Sequence[Turn], ours: Sequence[Turn]) -> dict[str, Any]:
+    """Print, and return, what the turns of both ways say."""
+    parts: dict[str, Any] = {}
+    for part in plain[0].parts():
+        seconds = {"plain": [turn.parts()[part] for turn in plain], "engine": [turn.parts()[part] for turn in ours]}
+        ratios = [slow / fast for slow, fast in zip(*seconds.values(), strict=True)]
+        whole = {"plain": plain, "engine": ours}
+        shares = {
+            way: statistics.median(taken) / statistics.median(turn.seconds for turn in whole[way])
+            for way, taken in seconds.items()
+        }
+        parts[part] = {"seconds": seconds, "shares": shares, "ratios": ratios, "ratio": statistics.median(ratios)}
+        print(
+            f"{part:14} plain {statistics.median(seconds['plain']):8.2f} s ({shares['plain']:4.0%}), "
+            f"engine {statistics.median(seconds['engine']):8.2f} s ({shares['engine']:4.0%}): "
+            f"{statistics.median(ratios):.2f} times as fast (rounds: {', '.join(f'{ratio:.2f}' for ratio in ratios)})"
+        )
+    difference = largest_difference(ours[-1].figures, plain[-1].figures)
+    print(f"largest relative difference of a figure: {difference:.1e}")
+    shares = {kind: seconds / ours[-1].seconds for kind, seconds in ours[-1].kinds.items()}
+    shares["the rest"] = 1 - sum(shares.values())
+    print("where the engine's time goes: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
+    return {"parts": parts, "largest_relative_difference": difference, "shares": shares}
 
 
 if __name__ == "__main__":
