@@ -48,11 +48,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _leave(sentence: str, code: int) -> NoReturn:
-    """Every rank has found the same; rank 0 says it, and the others give it time to before the launcher ends them."""
+    """Every rank has found the same; rank 0 says it, and the launcher then ends the others.
+
+    On a busy machine rank 0 may still be starting when another is here already.
+    """
     if os.environ["RANK"] == "0":
         print(f"error: {sentence}", file=sys.stderr, flush=True)
     else:
-        time.sleep(2.0)
+        time.sleep(30.0)
         print(f"error (rank {os.environ['RANK']}): {sentence}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     for child in multiprocessing.active_children():  # the checkpoint writer would outlive what follows
