@@ -62,6 +62,7 @@ def test_exact_jacobians(stack: Stack, inputs: list[torch.Tensor], expected: lis
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_many_probes_agree_within_their_own_error(
     stack: Stack, inputs: list[torch.Tensor], expected: list[dict[str, float]]
 ) -> None:
