@@ -291,6 +291,7 @@ print(taken, sum(parameter.numel() for parameter in stack.model.parameters()) * 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_memory_stays_within_hidden_states_and_weights() -> None:
     """16 layers, width 512, 64 x 512 tokens: the run of the model as it is, and the unit that takes most."""
     words = [sys.executable, "-c", MEMORY]
