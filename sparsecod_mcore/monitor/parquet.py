@@ -164,7 +164,8 @@ class Statistics(NamedTuple):
 def read_statistics(directory: Path, *, stream: str | None = None, statistic: str | None = None) -> Statistics:
     """Read the statistics of a run from its ``stats`` directory, all or those of one stream or statistic.
 
-    A part that cannot be read is named in a warning and skipped; without any readable part, raises UserError.
+    A part that cannot be read is named in a warning and skipped; without any readable part, or any row
+    of what is asked for, raises UserError.
     """
     wanted = {"stream": stream, "statistic": statistic}
     tables, skipped = [], []
@@ -184,7 +185,11 @@ def read_statistics(directory: Path, *, stream: str | None = None, statistic: st
             f"{directory} holds no readable statistics (part-*.parquet): "
             "the stats directory of a run that has trained with statistics on is accepted"
         )
-    return Statistics(pa.concat_tables(tables).unify_dictionaries(), skipped)
+    rows = pa.concat_tables(tables).unify_dictionaries()
+    if not len(rows) and any(wanted.values()):
+        named = " of ".join(name for name in (statistic, stream) if name is not None)
+        raise UserError(f"no {named} is recorded in {directory}")
+    return Statistics(rows, skipped)
 
 
 def _part_name(first: int, last: int) -> str:

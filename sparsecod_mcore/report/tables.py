@@ -50,13 +50,13 @@ def sparsity_table(scores: Scores) -> str:
     if scores.weight_sparsity is not None:
         columns[f"weights < {threshold}"] = [f"{share:.3%}" for share in scores.weight_sparsity.layers[threshold]]
     for length, attention in scores.attention.lengths.items() if scores.attention is not None else ():
-        columns[f"attention < {threshold}, {length}"] = [
+        columns[f"attention < {threshold}, T = {length}"] = [
             f"{share:.2%}" for share in attention.sparsity_causal[threshold]
         ]
-        columns[f"entropy, {length}"] = [f"{nats:.3f}" for nats in attention.entropy]
+        columns[f"entropy (nats), T = {length}"] = [f"{nats:.3f}" for nats in attention.entropy]
     if scores.moments is not None:
         stream = scores.moments.streams["layer_output"]
-        for heading, statistic in (("variance", "variance"), ("kurtosis", "dimension_kurtosis")):
+        for heading, statistic in (("output variance", "variance"), ("output kurtosis", "dimension_kurtosis")):
             columns[heading] = [_number(value) for value in stream[statistic]]
     layers = [str(layer) for layer in range(scores.layers)]
     return _aligned([["layer", *columns], *map(list, zip(layers, *columns.values(), strict=True))])

@@ -88,6 +88,8 @@ def measure(request: Request, unfinished: Path | None = None) -> Scores:
     tokens_by_length = _load(request)
     stack = load_stack(Path(request.model), DTYPES[request.dtype], tensor=request.tensor, expert=request.expert)
     checked = {length: check_sequences(tokens, stack, str(request.data)) for length, tokens in tokens_by_length.items()}
+    if unfinished is not None:  # once it is known that there will be something to keep
+        parallel.from_first(partial(make_folder, unfinished.parent))
     scores = parallel.from_first(lambda: _go_on(unfinished, _nothing_measured(request, stack, tokens_by_length)))
     with ExitStack() as shown:
         total = sum(tokens_NT[:, 1:].numel() for tokens_NT in checked.values())
@@ -183,13 +185,12 @@ def measure_into(folder: Path, request: Request) -> None:
     """Measure, write sparsity.json, sparsity.csv and figures, and print a table. Collective under torchrun."""
     unfinished = folder / f"{FILE}.unfinished.json"
     parallel.initialise(request.tensor, request.expert)
-    parallel.from_first(partial(make_folder, folder))
     scores = measure(request, unfinished)
 
     def write() -> None:
         write_scores(folder, scores, FILE)
         unfinished.unlink(missing_ok=True)
         figures = save_score_figures(folder / f"{FILE}.json", folder / "figures")
-        print(f"{sparsity_table(scores)}\n\n{folder}: {FILE}.json, {FILE}.csv and {len(figures)} figures")
+        print(f"{sparsity_table(scores)}\n\n{folder}: {FILE}.json, {FILE}.csv and {len(figures) // 2} figures")
 
     parallel.from_first(write)

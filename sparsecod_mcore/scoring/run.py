@@ -98,7 +98,7 @@ def _provenance(request: Request, stack: Stack, tokens_NT: NDArray[np.int64]) ->
     given = request.options
     options: dict[str, str] = {"compat": given.compat, "pairs": _count_of("sample", given.sampled_pairs)}
     if "jacobian" in request.names:
-        options |= {"jacobian_sequences": str(given.jacobian_sequences)}
+        options |= {"jacobian_sequences": str(min(given.jacobian_sequences, len(tokens_NT)))}
         options |= {"jacobian": _count_of("probes", given.jacobian_probes)}
     return provenance_of(
         request.model,
@@ -156,6 +156,6 @@ def score_and_show(request: Request) -> None:
 
     def show() -> None:
         figures = save_score_figures(request.out / "scores.json", request.out / "figures")
-        print(f"{summary(scores)}\n{request.out}: scores.json, scores.csv and {len(figures)} figures")
+        print(f"{summary(scores)}\n{request.out}: scores.json, scores.csv and {len(figures) // 2} figures")
 
     parallel.from_first(show)

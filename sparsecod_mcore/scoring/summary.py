@@ -18,6 +18,17 @@ def summary(scores: Scores) -> str:
         held_out = scores.usefulness.held_out
         beside = "" if held_out is None else f"; {held_out.score:.4f} with maps fitted on other sequences"
         lines.append(f"usefulness score {scores.usefulness.scored.score:.4f}{beside}")
+    if scores.skip is not None:
+        increases = scores.skip.relative_loss_increase
+        layer = min(range(scores.layers), key=increases.__getitem__)
+        lines.append(f"skipping one layer costs least at layer {layer}: loss {increases[layer]:+.1%}")
+    if scores.jacobian is not None:
+        deviations = [layer.deviation for layer in scores.jacobian.layers]
+        layer = min(range(scores.layers), key=deviations.__getitem__)
+        lines.append(
+            f"||J - I||_F / d is {deviations[layer]:.3g} at layer {layer}, the nearest to the identity, "
+            f"and {max(deviations):.3g} at the farthest"
+        )
     if scores.effective_depth is not None:
         depth = scores.effective_depth
         lines.append(f"E = {depth.effective} effective layers, W = {depth.wasted} wasted, of {scores.layers}")

@@ -143,7 +143,7 @@ class TrainingHooks:
         # A loss scaler skips steps whose gradients overflow; their loss must be finite all the same.
         if not self._is_finite(loss_dict, None if skipped_iter else grad_norm):
             self._stop_diverged(iteration, self.collect(iteration))
-        if iteration % self.args.log_interval == 0:
+        if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
             self.collect(iteration, show=True)
         return result
 

@@ -230,6 +230,8 @@ def test_a_series_by_iteration_and_layer(tmp_path: Path) -> None:
     np.testing.assert_array_equal(values_IL, [statistics_at(i)["layer_output", "kurtosis"] for i in range(3, 7)])
     with pytest.raises(UserError, match="no kurtosis of attention is recorded"):
         read_statistics(tmp_path).series("attention", "kurtosis")
+    with pytest.raises(UserError, match=f"no kurtosis of layer_ouput is recorded in {tmp_path}"):
+        read_statistics(tmp_path, stream="layer_ouput", statistic="kurtosis")
 
 
 def test_a_directory_without_statistics_is_the_users_mistake(tmp_path: Path) -> None:

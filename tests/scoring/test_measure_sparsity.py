@@ -132,4 +132,4 @@ def test_mistakes_are_told_in_one_sentence(
         code = measure_sparsity(monkeypatch, "--model", tmp_path / "model", "--out", tmp_path / "out", *given)
         (sentence,) = re.findall(r"^error: (.*)$", capsys.readouterr().err, re.MULTILINE)
         assert code == 2 and complaint in sentence, sentence
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists(), "nothing is left behind"
