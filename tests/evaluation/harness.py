@@ -1,0 +1,50 @@
+"""Evaluations to compare with: lm-eval's own model class on the same weights, and items of files."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedTokenizerFast
+
+from sparsecod_mcore.evaluation.accuracy import run_tasks
+from sparsecod_mcore.evaluation.results import Accuracy, Evaluation, Item
+from sparsecod_mcore.evaluation.run import Request, evaluate_model
+from sparsecod_mcore.evaluation.task_list import load_tasks
+from tests.evaluation.conftest import Pretrained
+
+TASKS = ("arc_easy", "arc_challenge", "hellaswag")
+
+
+def of_lm_eval(model: Pretrained) -> HFLM:
+    """The model as lm-eval and transformers load it."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(model.tokenizer), bos_token="<s>", eos_token="<|endoftext|>")
+    return HFLM(str(model.hugging_face), tokenizer=tokenizer, device="cpu", dtype="float32", batch_size=16)
+
+
+def lm_eval_items(model: HFLM, task_data: Path, limit: int) -> tuple[dict[str, Accuracy], list[Item]]:
+    return run_tasks(model, load_tasks(TASKS, task_data), limit)
+
+
+def evaluate(model: Path, out: Path, tasks: Sequence[str] = TASKS, **options: Any) -> Evaluation:
+    return evaluate_model(Request(model=str(model), tasks=tasks, out=out, **options))
+
+
+def items_of(out: Path) -> list[Item]:
+    return [Item(**json.loads(line)) for line in (out / "items.jsonl").read_text().splitlines()]
+
+
+def assert_same_items(found: Sequence[Item], expected: Sequence[Item], tolerance: float) -> None:
+    """All equal, log-likelihoods within an absolute tolerance."""
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        assert one.log_likelihoods == pytest.approx(other.log_likelihoods, rel=0, abs=tolerance)
+        assert (one.task, one.item, one.right, one.characters) == (
+            other.task,
+            other.item,
+            other.right,
+            other.characters,
+        )
+        assert (one.metrics, one.is_greedy) == (other.metrics, other.is_greedy)
