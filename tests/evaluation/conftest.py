@@ -28,10 +28,9 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """One model with trained weights, in two formats; of 512 tokens, and 512 positions, which long questions pass."""
+    """A model with trained weights, of 512 tokens and 512 positions; questions for it."""
 
-    hugging_face: Path  # with a tokenizer
-    checkpoint: Path  # torch_dist, without one
+    hugging_face: Path
     tokenizer: Path
     task_data: Path
 
@@ -48,5 +47,12 @@ def pretrained(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     tokenizer.add_special_tokens(["<s>"])
     tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 511)])
     tokenizer.save(str(path))
-    save_as_megatron(folder / "hf", folder / "torch_dist")
-    return Pretrained(folder / "hf", folder / "torch_dist", path, shared_data / "eval")
+    return Pretrained(folder / "hf", path, shared_data / "eval")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(pretrained: Pretrained) -> Path:
+    """The same weights as a torch_dist checkpoint, without a tokenizer."""
+    folder = pretrained.hugging_face.with_name("torch_dist")
+    save_as_megatron(pretrained.hugging_face, folder)
+    return folder

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from lm_eval.models.huggingface import HFLM
-from transformers import PreTrainedTokenizerFast
+from safetensors.torch import load_model
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsecod_mcore.evaluation.accuracy import run_tasks
 from sparsecod_mcore.evaluation.results import Accuracy, Evaluation, Item
@@ -18,10 +19,14 @@ from tests.evaluation.conftest import Pretrained
 TASKS = ("arc_easy", "arc_challenge", "hellaswag")
 
 
-def of_lm_eval(model: Pretrained) -> HFLM:
-    """The model as lm-eval and transformers load it."""
+def of_lm_eval(model: Pretrained, **options: Any) -> HFLM:
+    """The model as lm-eval and transformers have it."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(model.tokenizer), bos_token="<s>", eos_token="<|endoftext|>")
-    return HFLM(str(model.hugging_face), tokenizer=tokenizer, device="cpu", dtype="float32", batch_size=16)
+    # Not from_pretrained, which makes tensors without memory: rotary frequencies stay so where the CPU stands in for a
+    # device, since factories of tensors are then not those that transformers knows.
+    llama = LlamaForCausalLM(LlamaConfig.from_pretrained(model.hugging_face)).eval()
+    load_model(llama, model.hugging_face / "model.safetensors")
+    return HFLM(llama, tokenizer=tokenizer, batch_size=16, **options)
 
 
 def lm_eval_items(model: HFLM, task_data: Path, limit: int) -> tuple[dict[str, Accuracy], list[Item]]:

@@ -25,14 +25,14 @@ from tests.scoring.random_models import MOE, random_tokens, save_random_checkpoi
 
 
 @pytest.mark.distributed
-def test_parallel_layouts_agree(pretrained: Pretrained, tmp_path: Path) -> None:
+def test_parallel_layouts_agree(pretrained: Pretrained, checkpoint: Path, tmp_path: Path) -> None:
     """TP2 and DP2 of a trained model, TP2 and EP2 of one with experts and a padded vocabulary, against one process."""
     tokens = tmp_path / "tokens.npy"
     np.save(tokens, random_tokens(5, 41, 500).numpy())
     wide = MOE | {"vocab_size": 520, "padded_vocab_size": 640, "max_position_embeddings": 512}
     save_random_checkpoint(wide, tmp_path / "moe.ckpt", std=0.1)
     usual = [str(tmp_path), str(pretrained.task_data), str(pretrained.tokenizer), str(tokens)]
-    dense, moe = f"={pretrained.checkpoint}", f"={tmp_path / 'moe.ckpt'}"
+    dense, moe = f"={checkpoint}", f"={tmp_path / 'moe.ckpt'}"
     evaluate_as_job(*usual, f"one:1:1{dense}", f"moe-one:1:1{moe}")
     words = [*TORCHRUN, "--nproc-per-node", "2", str(Path(__file__).with_name("evaluate_job.py")), *usual]
     words += [f"tp2:2:1{dense}", f"dp2:1:1{dense}", f"moe-tp2:2:1{moe}", f"moe-ep2:1:2{moe}"]
@@ -132,7 +132,7 @@ def test_baselines_are_those_counted_by_hand() -> None:
 
 
 def test_equal_inputs_go_through_the_model_once(pretrained: Pretrained, tmp_path: Path) -> None:
-    """The answers of MMLU are one token each; a file of two questions has two sequences."""
+    """Answers of MMLU are a letter, one token or, with the space before it, two: four answers make two sequences."""
     row = '{"subject": "s", "question": "What %s?", "choices": ["a", "b", "c", "d"], "gold": %d}\n'
     (tmp_path / "mmlu_test.jsonl").write_text(row % ("now", 0) + row % ("then", 3))
     batches = []
@@ -140,7 +140,7 @@ def test_equal_inputs_go_through_the_model_once(pretrained: Pretrained, tmp_path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Likelihoods, "_run", lambda self, batch: batches.append(batch) or plain(self, batch))
         found: Evaluation = evaluate(pretrained.hugging_face, tmp_path, ["mmlu"], task_data=tmp_path)
-    assert [len(batch.rows) for batch in batches] == [2]
+    assert [(len(batch.rows), len(batch.queries)) for batch in batches] == [(4, 8)]
     mmlu = found.tasks["mmlu"]
     assert (mmlu.metric, mmlu.items, mmlu.random_guess.value, mmlu.longest_choice.value) == ("acc", 2, 0.25, 0.25)
     assert len({*items_of(tmp_path)[0].log_likelihoods}) == 4

@@ -22,12 +22,12 @@ from tests.evaluation.harness import assert_same_items, evaluate, items_of, lm_e
 
 
 @pytest.mark.parametrize("limit", [20, pytest.param(200, marks=pytest.mark.slow)])
-def test_answers_are_those_of_lm_eval(pretrained: Pretrained, tmp_path: Path, limit: int) -> None:
+def test_answers_are_those_of_lm_eval(pretrained: Pretrained, checkpoint: Path, tmp_path: Path, limit: int) -> None:
     """Of the first questions of three tasks, from a Hugging Face directory and from a checkpoint of Megatron's."""
     expected, expected_items = lm_eval_items(of_lm_eval(pretrained), pretrained.task_data, limit)
     from_hf = evaluate(pretrained.hugging_face, tmp_path / "hf", task_data=pretrained.task_data, limit=limit)
     from_checkpoint = evaluate(
-        pretrained.checkpoint,
+        checkpoint,
         tmp_path / "checkpoint",
         task_data=pretrained.task_data,
         limit=limit,
@@ -42,7 +42,8 @@ def test_answers_are_those_of_lm_eval(pretrained: Pretrained, tmp_path: Path, li
 
 def test_texts_are_those_of_lm_eval(pretrained: Pretrained) -> None:
     """Texts of several windows, none or one token of context, and texts that begin as prompts do."""
-    theirs = of_lm_eval(pretrained)
+    # Its cache takes texts of equal tokens, differently parted into context and continuation, for parted alike.
+    theirs = of_lm_eval(pretrained, logits_cache=False)
     ours = get_model("sparsecod").create_from_arg_obj({"model": str(pretrained.hugging_face)}, {"batch_size": 1})
     assert isinstance(ours, CheckpointLM)
     assert (ours.max_length, ours.prefix_token_id, ours.eot_token_id) == (512, 511, 0)
@@ -58,7 +59,7 @@ def test_texts_are_those_of_lm_eval(pretrained: Pretrained) -> None:
     assert ours.loglikelihood_rolling(texts) == pytest.approx(
         theirs.loglikelihood_rolling(texts, disable_tqdm=True), rel=1e-5
     )
-    with pytest.raises(UserError, match="a continuation of 5"):
+    with pytest.raises(UserError, match="a continuation of 1260 tokens"):
         ours.loglikelihood([Instance("loglikelihood", {}, ("The", long), 0)])
     with pytest.raises(UserError, match="likelihoods only"):
         ours.generate_until([])

@@ -54,9 +54,10 @@ def save_random_checkpoint(settings: dict[str, Any], folder: Path, std: float = 
 
 def save_as_megatron(model: Path, folder: Path) -> None:
     """A Hugging Face directory as a torch_dist checkpoint."""
+    stack = load_stack(model)
     args = evaluation_arguments(HuggingFaceModel(model).settings, torch.float32)
     folder.mkdir()
-    dist_checkpointing.save({"model": load_stack(model).model.sharded_state_dict(), "args": args}, str(folder))
+    dist_checkpointing.save({"model": stack.model.sharded_state_dict(), "args": args}, str(folder))
 
 
 def _random(settings: dict[str, Any], std: float) -> tuple[Stack, Namespace]:
