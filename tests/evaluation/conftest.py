@@ -1,6 +1,5 @@
 """Readies the platform before any test of this folder imports Megatron, and makes the models that are evaluated."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +8,16 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.scoring.conftest import leave_no_process_group  # noqa: F401  a fixture
+from sparsecod_mcore import platform
 
-from sparsecod_mcore.data.bpe import train_tokenizer  # isort: skip
-from sparsecod_mcore.data.files import FileCorpus
-from tests.scoring.random_models import save_as_megatron
+platform.prepare()
+
+from sparsecod_mcore.data.bpe import train_tokenizer  # noqa: E402
+from sparsecod_mcore.data.files import FileCorpus  # noqa: E402
+from tests.scoring.conftest import leave_no_process_group  # noqa: E402, F401  a fixture
+from tests.scoring.random_models import save_as_megatron  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +30,8 @@ def one_thread() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Pretrained:
-    """A model with trained weights, of 512 tokens and 512 positions; questions for it."""
+class Example:
+    """A Hugging Face directory with a small Llama of random weights and its tokenizer; questions for it."""
 
     hugging_face: Path
     tokenizer: Path
@@ -36,23 +39,35 @@ class Pretrained:
 
 
 @pytest.fixture(scope="session")
-def pretrained(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
-    """Its tokenizer begins texts with <s>, as Llama's do."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    shutil.copytree(shared_data / "stories260k", folder / "hf", copy_function=shutil.copy)
-    path = folder / "hf" / "tokenizer.json"
-    corpus = FileCorpus([str(shared_data / "eval" / "arc_easy_test.jsonl.gz")], text_key="question")
-    train_tokenizer(corpus, path, vocabulary_size=511)
+def example(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Example:
+    """Of 2048 tokens, and 160 positions, which long questions exceed. Texts begin with <s>, as in Llama's tokenizer."""
+    folder = tmp_path_factory.mktemp("example") / "hf"
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=64,
+        intermediate_size=172,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=160,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    task_data = shared_data / "eval"
+    questions = FileCorpus([str(task_data / "arc_easy_test.jsonl.gz")], text_key="question")
+    train_tokenizer(questions, path, vocabulary_size=2047)
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.add_special_tokens(["<s>"])
-    tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 511)])
+    tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 2047)])
     tokenizer.save(str(path))
-    return Pretrained(folder / "hf", path, shared_data / "eval")
+    return Example(folder, path, task_data)
 
 
 @pytest.fixture(scope="session")
-def checkpoint(pretrained: Pretrained) -> Path:
+def checkpoint(example: Example) -> Path:
     """The same weights as a torch_dist checkpoint, without a tokenizer."""
-    folder = pretrained.hugging_face.with_name("torch_dist")
-    save_as_megatron(pretrained.hugging_face, folder)
+    folder = example.hugging_face.with_name("torch_dist")
+    save_as_megatron(example.hugging_face, folder)
     return folder

@@ -10,16 +10,12 @@ from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sparsecod_mcore.evaluation.accuracy import run_tasks
-from sparsecod_mcore.evaluation.results import Accuracy, Evaluation, Item
+from sparsecod_mcore.evaluation.results import Evaluation, Item
 from sparsecod_mcore.evaluation.run import Request, evaluate_model
-from sparsecod_mcore.evaluation.task_list import load_tasks
-from tests.evaluation.conftest import Pretrained
-
-TASKS = ("arc_easy", "arc_challenge", "hellaswag")
+from tests.evaluation.conftest import Example
 
 
-def of_lm_eval(model: Pretrained, **options: Any) -> HFLM:
+def of_lm_eval(model: Example, **options: Any) -> HFLM:
     """The model as lm-eval and transformers have it."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(model.tokenizer), bos_token="<s>", eos_token="<|endoftext|>")
     # Not from_pretrained, which makes tensors without memory: rotary frequencies stay so where the CPU stands in for a
@@ -29,11 +25,7 @@ def of_lm_eval(model: Pretrained, **options: Any) -> HFLM:
     return HFLM(llama, tokenizer=tokenizer, batch_size=16, **options)
 
 
-def lm_eval_items(model: HFLM, task_data: Path, limit: int) -> tuple[dict[str, Accuracy], list[Item]]:
-    return run_tasks(model, load_tasks(TASKS, task_data), limit)
-
-
-def evaluate(model: Path, out: Path, tasks: Sequence[str] = TASKS, **options: Any) -> Evaluation:
+def evaluate(model: Path, out: Path, tasks: Sequence[str], **options: Any) -> Evaluation:
     return evaluate_model(Request(model=str(model), tasks=tasks, out=out, **options))
 
 

@@ -18,20 +18,20 @@ from sparsecod_mcore.scoring.plan import make_plan
 from sparsecod_mcore.scoring.stack import load_stack
 from sparsecod_mcore.scoring.work_file import WorkFiles
 from tests.distributed.jobs import TORCHRUN, environment
-from tests.evaluation.conftest import Pretrained
+from tests.evaluation.conftest import Example
 from tests.evaluation.evaluate_job import main as evaluate_as_job
 from tests.evaluation.harness import assert_same_items, evaluate, items_of
 from tests.scoring.random_models import MOE, random_tokens, save_random_checkpoint
 
 
 @pytest.mark.distributed
-def test_parallel_layouts_agree(pretrained: Pretrained, checkpoint: Path, tmp_path: Path) -> None:
-    """TP2 and DP2 of a trained model, TP2 and EP2 of one with experts and a padded vocabulary, against one process."""
+def test_parallel_layouts_agree(example: Example, checkpoint: Path, tmp_path: Path) -> None:
+    """TP2 and DP2 of a dense model, TP2 and EP2 of one with experts and a padded vocabulary, against one process."""
     tokens = tmp_path / "tokens.npy"
     np.save(tokens, random_tokens(5, 41, 500).numpy())
-    wide = MOE | {"vocab_size": 520, "padded_vocab_size": 640, "max_position_embeddings": 512}
+    wide = MOE | {"vocab_size": 2060, "padded_vocab_size": 2176, "max_position_embeddings": 160}
     save_random_checkpoint(wide, tmp_path / "moe.ckpt", std=0.1)
-    usual = [str(tmp_path), str(pretrained.task_data), str(pretrained.tokenizer), str(tokens)]
+    usual = [str(tmp_path), str(example.task_data), str(example.tokenizer), str(tokens)]
     dense, moe = f"={checkpoint}", f"={tmp_path / 'moe.ckpt'}"
     evaluate_as_job(*usual, f"one:1:1{dense}", f"moe-one:1:1{moe}")
     words = [*TORCHRUN, "--nproc-per-node", "2", str(Path(__file__).with_name("evaluate_job.py")), *usual]
@@ -48,15 +48,15 @@ def test_parallel_layouts_agree(pretrained: Pretrained, checkpoint: Path, tmp_pa
         assert found.perplexity.loss_by_position == pytest.approx(expected.perplexity.loss_by_position, rel=1e-5)
 
 
-def test_an_interrupted_run_goes_on(pretrained: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on(example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of likelihoods and of perplexity what was recorded is not run again; the end has the same bytes."""
     np.save(tmp_path / "tokens.npy", random_tokens(6, 65, 512).numpy())
     options = {"tasks": ["arc_easy", "perplexity"], "limit": 10, "batch_tokens": 128}
-    options |= {"task_data": pretrained.task_data, "data": str(tmp_path / "tokens.npy")}
+    options |= {"task_data": example.task_data, "data": str(tmp_path / "tokens.npy")}
     run: list[str] = []
     plain = WorkFiles.append
     monkeypatch.setattr(WorkFiles, "append", lambda *arguments: run.append(arguments[2]) or plain(*arguments))
-    evaluate(pretrained.hugging_face, tmp_path / "whole", **options)
+    evaluate(example.hugging_face, tmp_path / "whole", **options)
     whole = list(run)
 
     def interrupt(files: WorkFiles, worker: int, unit: str, record: dict) -> None:
@@ -68,12 +68,12 @@ def test_an_interrupted_run_goes_on(pretrained: Pretrained, tmp_path: Path, monk
     run.clear()
     monkeypatch.setattr(WorkFiles, "append", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(pretrained.hugging_face, tmp_path / "killed", **options)
+        evaluate(example.hugging_face, tmp_path / "killed", **options)
     record = tmp_path / "killed" / "unfinished" / "worker-0.jsonl"
     lines = record.read_bytes().splitlines(keepends=True)
     record.write_bytes(b"\0\xff\n" + b"".join(lines)[:-9])  # damage, and a line that was cut off
     run.clear()
-    evaluate(pretrained.hugging_face, tmp_path / "killed", **options)
+    evaluate(example.hugging_face, tmp_path / "killed", **options)
     assert run == whole[-2:] and len(whole) > 10
     for name in ("evaluation.json", "items.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -131,16 +131,16 @@ def test_baselines_are_those_counted_by_hand() -> None:
     assert (random_guess([both]).value, by_length([both], max).value) == (pytest.approx(2 / 3), 1.0)
 
 
-def test_equal_inputs_go_through_the_model_once(pretrained: Pretrained, tmp_path: Path) -> None:
-    """Answers of MMLU are a letter, one token or, with the space before it, two: four answers make two sequences."""
+def test_equal_inputs_go_through_the_model_once(example: Example, tmp_path: Path) -> None:
+    """Answers of MMLU are a letter and differ in one token, so that some of a question's four have the same inputs."""
     row = '{"subject": "s", "question": "What %s?", "choices": ["a", "b", "c", "d"], "gold": %d}\n'
     (tmp_path / "mmlu_test.jsonl").write_text(row % ("now", 0) + row % ("then", 3))
     batches = []
     plain = Likelihoods._run
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Likelihoods, "_run", lambda self, batch: batches.append(batch) or plain(self, batch))
-        found: Evaluation = evaluate(pretrained.hugging_face, tmp_path, ["mmlu"], task_data=tmp_path)
-    assert [(len(batch.rows), len(batch.queries)) for batch in batches] == [(4, 8)]
+        found: Evaluation = evaluate(example.hugging_face, tmp_path, ["mmlu"], task_data=tmp_path)
+    assert len(batches) == 1 and len(batches[0].rows) < len(batches[0].queries) == 8
     mmlu = found.tasks["mmlu"]
     assert (mmlu.metric, mmlu.items, mmlu.random_guess.value, mmlu.longest_choice.value) == ("acc", 2, 0.25, 0.25)
     assert len({*items_of(tmp_path)[0].log_likelihoods}) == 4
