@@ -8,6 +8,7 @@ from typing import Any
 
 import lm_eval.tasks
 import pytest
+import torch
 from datasets import Dataset
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
@@ -53,6 +54,10 @@ def test_texts_are_those_of_lm_eval(example: Example) -> None:
     expected = theirs.loglikelihood(requests, disable_tqdm=True)
     for one, other in zip(ours.loglikelihood(requests), expected, strict=True):
         assert one == pytest.approx(other, rel=0, abs=1e-4)
+    tokens = ours.tok_encode(long)[:20]
+    best = theirs._model_call(torch.tensor([tokens])).argmax(-1)[0].tolist()
+    asked = [(None, tokens[: n + 1], [token]) for n, token in enumerate(best)]
+    assert [is_greedy for _, is_greedy in ours._loglikelihood_tokens(asked)] == [True] * 20
     texts = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in (long, "The end.")]
     assert ours.loglikelihood_rolling(texts) == pytest.approx(
         theirs.loglikelihood_rolling(texts, disable_tqdm=True), rel=1e-5
