@@ -17,7 +17,7 @@ from sparsecod_mcore.scoring.stack import load_stack
 type Encoded = tuple[object, list[int], list[int]]  # a request, its context and its continuation
 
 
-class StackLM(TemplateLM):  # type: ignore[misc]
+class StackLM(TemplateLM):
     """A loaded model. Every rank is given every request, and has every result: the ranks share them out themselves."""
 
     def __init__(self, likelihoods: Likelihoods, tokenizer: PromptTokenizer) -> None:
@@ -76,7 +76,9 @@ class CheckpointLM(StackLM):
         **_: object,  # lm-eval also gives a batch size and a device
     ) -> None:
         """Arguments are those of tools/evaluate.py."""
-        prompts = load_prompt_tokenizer(find_tokenizer(Path(model), tokenizer and Path(tokenizer)), eos_token)
+        prompts = load_prompt_tokenizer(
+            find_tokenizer(Path(model), None if tokenizer is None else Path(tokenizer)), eos_token
+        )
         stack = load_stack(Path(model), DTYPES[dtype], tensor=tensor_parallel_size, expert=expert_parallel_size)
         prompts.check(stack.vocab_size, model)
         super().__init__(Likelihoods(stack, batch_tokens), prompts)
