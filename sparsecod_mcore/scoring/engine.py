@@ -85,7 +85,7 @@ class Engine:
             hidden_SBD = after_SBD
         return Unchanged(self._loss(hidden_SBD, targets_BS), contributions_L)
 
-    def run_units(self, groups: Mapping[int, Sequence[Intervention]], files: WorkFiles) -> list[UnitSums]:
+    def run_units(self, groups: Mapping[int, Sequence[Intervention]], files: WorkFiles[UnitSums]) -> list[UnitSums]:
         """Run all interventions on all chunks, except what `files` know already. Collective; in the order of units."""
         units = [Unit(chunk, first) for chunk in self.plan.chunks for first in groups]
         known = parallel.from_first(files.read)
@@ -104,7 +104,9 @@ class Engine:
             known |= others
         return [known[unit.name] for unit in units]
 
-    def _run_and_record(self, unit: Unit, groups: Mapping[int, Sequence[Intervention]], files: WorkFiles) -> UnitSums:
+    def _run_and_record(
+        self, unit: Unit, groups: Mapping[int, Sequence[Intervention]], files: WorkFiles[UnitSums]
+    ) -> UnitSums:
         sums = self.run_unit(unit, groups[unit.first])
         if parallel.is_first_of_worker():
             files.append(parallel.worker(), unit.name, sums)

@@ -69,7 +69,7 @@ def score_model(request: Request) -> Scores:
     with ExitStack() as held:
         parallel.from_first(lambda: held.enter_context(alone_in(work)))
         provenance = parallel.from_first(lambda: _provenance(request, stack, tokens_NT))
-        files = WorkFiles(work, _fingerprint(request, plan, provenance))
+        files: WorkFiles[UnitSums] = WorkFiles(work, _fingerprint(request, plan, provenance))
         measured = _measure(stack, tokens, plan, scores, files)
         found = Scores(
             provenance=provenance,
@@ -83,7 +83,9 @@ def score_model(request: Request) -> Scores:
     return found
 
 
-def _measure(stack: Stack, tokens: torch.Tensor, plan: Plan, scores: Sequence[Score], files: WorkFiles) -> Measured:
+def _measure(
+    stack: Stack, tokens: torch.Tensor, plan: Plan, scores: Sequence[Score], files: WorkFiles[UnitSums]
+) -> Measured:
     """Run the model as it is and under all interventions, and finish every score."""
     engine = Engine(stack, tokens, plan)
     unchanged = engine.run_unchanged(scores)
@@ -145,7 +147,7 @@ def means(stack: Stack, tokens_NT: torch.Tensor, unchanged: Unchanged, units: Se
     )
 
 
-def _write(out: Path, scores: Scores, files: WorkFiles) -> None:
+def _write(out: Path, scores: Scores, files: WorkFiles[UnitSums]) -> None:
     write_scores(out, scores)
     files.remove()
 

@@ -33,8 +33,8 @@ class UnitSums(TypedDict):
     changes: dict[str, list[float]]  # per layer above the intervention
 
 
-class WorkFiles:
-    """Sums of units by name, valid for one fingerprint of all that they depend on.
+class WorkFiles[Record]:
+    """What units gave, as plain JSON, by name; valid for one fingerprint of all that they depend on.
 
     Numbers survive the way to the disk and back bit for bit, so that a resumed run ends like an uninterrupted one.
     """
@@ -42,7 +42,7 @@ class WorkFiles:
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self._folder, self._fingerprint = folder, fingerprint
 
-    def read(self) -> dict[str, UnitSums]:
+    def read(self) -> dict[str, Record]:
         """Whole records with this fingerprint, of however many workers. What else there was is gone afterwards."""
         found = sorted(self._folder.glob("*.jsonl"))
         lines: dict[str, bytes] = {}
@@ -60,7 +60,7 @@ class WorkFiles:
         return {unit: json.loads(line)["record"] for unit, line in lines.items()}
 
     def _unit_of(self, line: bytes) -> str | None:
-        """Which unit a line has the sums of; None where it is damaged or of another fingerprint."""
+        """Which unit a line is of; None where it is damaged or of another fingerprint."""
         try:
             record = json.loads(line)
         except ValueError:
@@ -69,7 +69,7 @@ class WorkFiles:
             return None
         return str(record["unit"])
 
-    def append(self, worker: int, unit: str, record: UnitSums) -> None:
+    def append(self, worker: int, unit: str, record: Record) -> None:
         """Add one record; it outlives this process from here on."""
         with (self._folder / f"worker-{worker}.jsonl").open("a") as file:
             file.write(json.dumps({"fingerprint": self._fingerprint, "unit": unit, "record": record}) + "\n")

@@ -1,4 +1,4 @@
-"""Small models with random weights, on this process alone."""
+"""Small models with random weights, and what there is in another format, on this process alone."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 
+from sparsecod_mcore.exchange.hugging_face import HuggingFaceModel
 from sparsecod_mcore.model.build import build_model, evaluation_arguments
 from sparsecod_mcore.scoring import parallel
-from sparsecod_mcore.scoring.stack import Stack
+from sparsecod_mcore.scoring.stack import Stack, load_stack
 
 GQA: dict[str, Any] = {
     "num_layers": 3,
@@ -49,6 +50,14 @@ def save_random_checkpoint(settings: dict[str, Any], folder: Path, std: float = 
     folder.mkdir()
     dist_checkpointing.save({"model": stack.model.sharded_state_dict(), "args": args}, str(folder))
     return stack
+
+
+def save_as_megatron(model: Path, folder: Path) -> None:
+    """A Hugging Face directory as a torch_dist checkpoint."""
+    stack = load_stack(model)
+    args = evaluation_arguments(HuggingFaceModel(model).settings, torch.float32)
+    folder.mkdir()
+    dist_checkpointing.save({"model": stack.model.sharded_state_dict(), "args": args}, str(folder))
 
 
 def _random(settings: dict[str, Any], std: float) -> tuple[Stack, Namespace]:

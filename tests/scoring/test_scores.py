@@ -12,11 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from megatron.core import dist_checkpointing
 
 from sparsecod_mcore.errors import UserError
-from sparsecod_mcore.exchange.hugging_face import HuggingFaceModel
-from sparsecod_mcore.model.build import evaluation_arguments
 from sparsecod_mcore.scoring import plan
 from sparsecod_mcore.scoring.interventions import ZeroExperts
 from sparsecod_mcore.scoring.registry import DEFAULT_SCORES, make_scores
@@ -27,7 +24,7 @@ from sparsecod_mcore.scoring.stack import load_stack
 from sparsecod_mcore.scoring.work_file import alone_in
 from tests.distributed.jobs import REPOSITORY, TORCHRUN, environment
 from tests.scoring.compare import assert_reproduced, assert_same_figures
-from tests.scoring.random_models import GQA, MOE, random_tokens, save_random_checkpoint
+from tests.scoring.random_models import GQA, MOE, random_tokens, save_as_megatron, save_random_checkpoint
 
 TOOL = str(REPOSITORY / "tools" / "score_layers.py")
 EVERY = ",".join(DEFAULT_SCORES)
@@ -62,13 +59,6 @@ def test_the_reference_is_reproduced(tmp_path: Path, shared_data: Path) -> None:
     ):
         assert same < other < 1.1 * same
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.csv", "scores.json"]
-
-
-def save_as_megatron(model: Path, folder: Path) -> None:
-    """A Hugging Face directory as a torch_dist checkpoint."""
-    args = evaluation_arguments(HuggingFaceModel(model).settings, torch.float32)
-    folder.mkdir()
-    dist_checkpointing.save({"model": load_stack(model).model.sharded_state_dict(), "args": args}, str(folder))
 
 
 @pytest.mark.distributed
