@@ -5,6 +5,7 @@ what is no tensor is the bytes ``common_state``, and linear modules have an ``_e
 """
 
 import io
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _write_item
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -36,6 +38,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.exchange.hugging_face import DTYPES
@@ -148,11 +152,28 @@ def write_checkpoint(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what is wanted
-            dcp.save({}, storage_writer=dcp.FileSystemWriter(folder), planner=planner, no_dist=True)
+            dcp.save({}, storage_writer=_OneByOne(folder), planner=planner, no_dist=True)
     except CheckpointException as error:  # an interrupt, too, arrives in one
         failed, _ = next(iter(error.failures.values()))
         raise failed from None
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+
+class _OneByOne(dcp.FileSystemWriter):
+    """One file; upstream's writer keeps every tensor of a file until the file is complete."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        results = []
+        with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream:
+            for item in plan.items:
+                content = planner.resolve_data(item)
+                results.append(_write_item(self.transforms, stream, content, item, name, self.serialization_format))
+                del content
+            os.fsync(stream.fileno())
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
 
 
 class _Streamed(SavePlanner):
@@ -213,7 +234,9 @@ class _Streamed(SavePlanner):
             torch.save(self._bytes[write_item.index], content)
             return content
         assert write_item.tensor_data is not None
-        return self._read(self._weights[write_item.index]).view(write_item.tensor_data.chunk.sizes).contiguous()
+        tensor = self._read(self._weights[write_item.index]).view(write_item.tensor_data.chunk.sizes)
+        # A part of a file would be written with all of the file.
+        return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _stateful(weight: Weight) -> Iterator[tuple[str, tuple[int, int]]]:

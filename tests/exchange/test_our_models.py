@@ -55,7 +55,7 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_same_function(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_function(name: str, tmp_path: Path) -> None:
     """Without the rows that pad the vocabulary, which no token has."""
     settings, architecture = MODELS[name]
     checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
