@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 SIZES: dict[str, Any] = {
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 4,
     "hidden_size": 32,
     "intermediate_size": 44,
     "num_attention_heads": 4,
