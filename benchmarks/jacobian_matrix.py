@@ -21,7 +21,7 @@ from sparsecod_mcore import platform
 
 platform.prepare()
 
-from sparsecod_mcore.exchange import llama  # noqa: E402
+from sparsecod_mcore.exchange.decoder import decoder_settings  # noqa: E402
 from sparsecod_mcore.jvp.exact import deviation_sums  # noqa: E402
 from sparsecod_mcore.jvp.layer import probe_branches  # noqa: E402
 from sparsecod_mcore.model.build import build_model, evaluation_arguments  # noqa: E402
@@ -43,7 +43,7 @@ def random_stack(width: int, length: int) -> Stack:
         "num_attention_heads": heads, "num_key_value_heads": heads // 2, "max_position_embeddings": length,
         "rms_norm_eps": 1e-5, "vocab_size": 1024,
     }  # fmt: skip
-    model = build_model(evaluation_arguments(llama.settings(config), torch.float32))
+    model = build_model(evaluation_arguments(decoder_settings(config), torch.float32))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=1.2 / width**0.5)

@@ -31,7 +31,7 @@ import torch  # noqa: E402
 
 from benchmarks.jacobian_matrix import rows_by_backward  # noqa: E402
 from benchmarks.measure import machine  # noqa: E402
-from sparsecod_mcore.exchange import llama  # noqa: E402
+from sparsecod_mcore.exchange.decoder import decoder_settings  # noqa: E402
 from sparsecod_mcore.model.build import build_model, evaluation_arguments  # noqa: E402
 from sparsecod_mcore.scoring import engine, parallel, run, usefulness  # noqa: E402
 from sparsecod_mcore.scoring.interventions import by_first  # noqa: E402
@@ -65,7 +65,7 @@ def random_stack(layers: int, width: int, length: int) -> Stack:
         "vocab_size": 1024,
     }
     parallel.initialise()
-    model = build_model(evaluation_arguments(llama.settings(config), torch.float32))
+    model = build_model(evaluation_arguments(decoder_settings(config), torch.float32))
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() > 1:

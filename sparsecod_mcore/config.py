@@ -56,6 +56,11 @@ def add_cod_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         help="Random directions only, or also that of the residual stream itself. Default: noise.",
     )
     group.add_argument(
+        "--cod-full-width-qk-norm",
+        action="store_true",
+        help="With --qk-layernorm: normalise the queries of all heads together, and the keys, as OLMoE does.",
+    )
+    group.add_argument(
         "--cod-data", help="Prefix of a dataset made by tools/preprocess_data.py: its train and valid parts."
     )
     group.add_argument(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.jit._builtins import _find_builtin, _register_builtin
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 
@@ -94,6 +95,7 @@ def place_tensors_on_cpu() -> None:
             _register_builtin(make, operator)
         return make
 
+    _device_constructors()  # ``with torch.device(…)`` knows factories by identity, and looks them up once
     for name in ("tensor", "zeros", "ones", "empty", "full", "rand", "randn", "arange"):
         setattr(torch, name, on_cpu(getattr(torch, name)))
 

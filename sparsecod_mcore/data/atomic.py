@@ -1,6 +1,9 @@
-"""Files that are there wholly or not at all, whenever a run is killed."""
+"""Files and folders that are there wholly or not at all, whenever a run is killed."""
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sparsecod_mcore.errors import UserError
@@ -32,3 +35,24 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to `path`."""
     temporary(path).write_bytes(content)
     publish(path)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `path` if all goes well and is gone otherwise.
+
+    Raises `UserError` if `path` is there already and not an empty folder, or cannot be made.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} exists already; name a folder that does not, or an empty one")
+    unfinished = temporary(Path(os.path.abspath(path)))
+    if unfinished.exists():  # a killed run's
+        shutil.rmtree(unfinished)
+    make_folder(unfinished)
+    try:
+        yield unfinished
+        if path.exists():
+            path.rmdir()
+        unfinished.replace(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

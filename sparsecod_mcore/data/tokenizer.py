@@ -37,12 +37,8 @@ class TextTokenizer:
         return text
 
 
-def load_tokenizer(path: str | Path, eos_token: str | None = None) -> TextTokenizer:
-    """Load a tokenizer.json; `eos_token` overrides the search for one of `EOS_TOKENS`.
-
-    Raises `UserError` if the file is missing or no tokenizer, or its end-of-text token cannot be found.
-    """
-    path = Path(path)
+def open_tokenizer(path: Path) -> tuple[bytes, Tokenizer]:
+    """A tokenizer.json's content, and what the library makes of it. Raises `UserError` if it is missing or none."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -54,9 +50,17 @@ def load_tokenizer(path: str | Path, eos_token: str | None = None) -> TextTokeni
     if not isinstance(parsed, dict) or not isinstance(parsed.get("model"), dict):
         raise UserError(f"{path} is not a tokenizer.json of Hugging Face tokenizers: it has no model")
     try:
-        model = Tokenizer.from_str(content.decode("utf-8"))
+        return content, Tokenizer.from_str(content.decode("utf-8"))
     except Exception as error:  # the library raises nothing narrower
         raise UserError(f"the tokenizer {path} is not accepted by Hugging Face tokenizers ({error})") from None
+
+
+def load_tokenizer(path: str | Path, eos_token: str | None = None) -> TextTokenizer:
+    """Load a tokenizer.json; `eos_token` overrides the search for one of `EOS_TOKENS`.
+
+    Raises `UserError` if the file is missing or no tokenizer, or its end-of-text token cannot be found.
+    """
+    content, model = open_tokenizer(Path(path))
     model.encode_special_tokens = True
     # A stored limit or padding would cut or fill documents.
     model.no_truncation()

@@ -27,11 +27,11 @@ from sparsecod_mcore.train.checkpoint_metadata import read_metadata
 
 
 @contextmanager
-def _opening(checkpoint: Path) -> Iterator[None]:
+def opening(checkpoint: Path, tensor: str = "") -> Iterator[None]:
     """``torch.load`` in this process builds plain values and Megatron's own classes of settings, nothing else.
 
     What PyTorch's checkpointing warns of is between Megatron and PyTorch. Raises `UserError` for what goes wrong
-    meanwhile: damaged pickles fail in any way.
+    meanwhile, naming `tensor`: damaged pickles fail in any way.
     """
     register_safe_globals()
     try:
@@ -40,18 +40,33 @@ def _opening(checkpoint: Path) -> Iterator[None]:
             yield
     except CheckpointException as error:  # no Exception; holds what failed by rank
         failed, _ = next(iter(error.failures.values()))
-        raise _told(checkpoint, failed) from error
+        raise _told(checkpoint, tensor, failed) from error
     except Exception as error:
-        raise _told(checkpoint, error) from error
+        raise _told(checkpoint, tensor, error) from error
 
 
-def _told(checkpoint: Path, error: BaseException) -> UserError:
+def _told(checkpoint: Path, tensor: str, error: BaseException) -> UserError:
     if isinstance(error, pickle.UnpicklingError):  # whose text tells how to load it all the same
         return UserError(f"{checkpoint} is refused: a pickle of it is damaged, or holds more than plain values")
     reason, _, _ = " ".join(str(error).split()).partition(". ")
     if isinstance(error, CheckpointingException):
         return UserError(f"{checkpoint} does not fit its own arguments: {reason}")
-    return UserError(f"{checkpoint} cannot be loaded ({type(error).__name__}: {reason})")
+    what = f"{tensor} of {checkpoint}" if tensor else str(checkpoint)
+    return UserError(f"{what} cannot be loaded ({type(error).__name__}: {reason})")
+
+
+def find_model(path: Path) -> Path | None:
+    """The torch_dist checkpoint that `path` means; None where it is a Hugging Face directory instead."""
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {what}; a run's directory, a checkpoint or a Hugging Face directory is wanted")
+    checkpoint = find_checkpoint(path)
+    if checkpoint is None and not (path / "config.json").exists():
+        raise UserError(
+            f"{path} is no model: it holds neither a torch_dist checkpoint nor the config.json of a "
+            "Hugging Face directory"
+        )
+    return checkpoint
 
 
 def find_checkpoint(path: Path) -> Path | None:
@@ -60,10 +75,7 @@ def find_checkpoint(path: Path) -> Path | None:
     Raises `UserError` if there are checkpoints, but none that can be read.
     """
     if (path / "metadata.json").exists():
-        damage = checkpoints.damage(path)
-        if damage is not None:
-            raise UserError(damage)
-        return path
+        return _undamaged(path)
     for folder in (path / "checkpoints", path):
         choice = checkpoints.newest_whole(folder)
         if choice.iteration is not None:
@@ -72,14 +84,21 @@ def find_checkpoint(path: Path) -> Path | None:
             raise UserError(f"{choice.damaged}, and there is no older whole checkpoint in {folder}")
         release = folder / "release"
         if (release / "metadata.json").exists():
-            return release
+            return _undamaged(release)
     return None
+
+
+def _undamaged(checkpoint: Path) -> Path:
+    damage = checkpoints.damage(checkpoint)
+    if damage is not None:
+        raise UserError(damage)
+    return checkpoint
 
 
 def read_arguments(checkpoint: Path) -> Namespace:
     """The arguments that the model was trained with."""
     read_metadata(checkpoint)
-    with _opening(checkpoint):
+    with opening(checkpoint):
         arguments = load_common_state_dict(checkpoint).get("args")
     if not isinstance(arguments, Namespace):
         raise UserError(f"{checkpoint} holds no arguments of a training run, so its model is unknown")
@@ -89,7 +108,7 @@ def read_arguments(checkpoint: Path) -> Namespace:
 def load_weights(model: GPTModel, checkpoint: Path) -> None:
     """Copy the checkpoint's weights into `model`, whose layout may be another. Collective over all ranks."""
     read_metadata(checkpoint)
-    with _opening(checkpoint):
+    with opening(checkpoint):
         metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=load_common_state_dict(checkpoint))
         state = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata or {})}, str(checkpoint))
     model.load_state_dict(state["model"], strict=True)

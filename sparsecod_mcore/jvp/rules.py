@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.jvp.dual import Dual, all_reduce, gather_sequence, project, reduce_scatter_sequence
-from sparsecod_mcore.model.norm import RMSNorm
+from sparsecod_mcore.model.norm import AllHeadsRMSNorm, RMSNorm
 from sparsecod_mcore.ops import rms_norm_jvp, swiglu_jvp
 
 
@@ -57,6 +57,14 @@ def _(module: IdentityOp, x: Dual) -> Dual:
 @jvp.register
 def _(module: RMSNorm, x: Dual) -> Dual:
     return rms_norm(x, module.weight, module.eps)
+
+
+@jvp.register
+def _(module: AllHeadsRMSNorm, x: Dual) -> Dual:
+    if module.group.size() > 1:
+        raise unsupported(module, "tensor parallelism")
+    heads = x.value.shape[-2:]
+    return rms_norm(x.map(lambda t: t.flatten(-2)), module.weight, module.eps).map(lambda t: t.unflatten(-1, heads))
 
 
 @jvp.register

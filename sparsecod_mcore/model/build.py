@@ -3,6 +3,7 @@
 import logging
 from argparse import Namespace
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.argument_utils import gpt_config_from_args
-from megatron.training.models.gpt import GPTModelBuilder
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from sparsecod_mcore import platform
 from sparsecod_mcore.config import build_parser
@@ -51,26 +52,40 @@ _EVALUATION: dict[str, Any] = {
 }
 
 
-def evaluation_arguments(settings: Mapping[str, Any], dtype: torch.dtype) -> Namespace:
-    """Megatron's arguments for `settings`, by destination, with this process's layout and `dtype` for weights."""
+def complete_arguments(settings: Mapping[str, Any], dtype: torch.dtype) -> Namespace:
+    """Megatron's arguments for `settings`, by destination, its defaults for others, and `dtype` for weights."""
     args = build_parser().parse_args([])
     vars(args).update(settings)
+    args.params_dtype = dtype
+    args.bf16, args.fp16 = dtype == torch.bfloat16, dtype == torch.float16
+    return args
+
+
+def evaluation_arguments(settings: Mapping[str, Any], dtype: torch.dtype) -> Namespace:
+    """`complete_arguments` with this process's layout."""
+    args = complete_arguments(settings, dtype)
     vars(args).update(_EVALUATION)
     args.tensor_model_parallel_size = parallel_state.get_tensor_model_parallel_world_size()
     args.expert_model_parallel_size = parallel_state.get_expert_model_parallel_world_size()
     args.expert_tensor_parallel_size = parallel_state.get_expert_tensor_parallel_world_size()
-    args.params_dtype = dtype
-    args.bf16, args.fp16 = dtype == torch.bfloat16, dtype == torch.float16
     if not platform.has_transformer_engine():
         vars(args).update(platform.LOCAL_DEFAULTS)
     return args
 
 
-def build_model(args: Namespace, rope_scaling_factor: float | None = None) -> GPTModel:
-    """A model in evaluation mode whose weights are yet to be loaded. Raises `UserError` if it cannot be cut so.
+def describe_model(args: Namespace) -> GPTModelConfig:
+    """What Megatron builds the model from, with this project's layers.
 
-    Megatron's training passes over its own ``--rope-scaling-factor``; so models from elsewhere give it here.
+    Left to itself, Megatron's training passes over its own ``--rope-scaling-factor``.
     """
+    model_config = gpt_config_from_args(args)
+    model_config.transformer_layer_spec = partial(measured_spec, full_width_qk_norm=args.cod_full_width_qk_norm)
+    model_config.rope_scaling_factor = args.rope_scaling_factor
+    return model_config
+
+
+def build_model(args: Namespace) -> GPTModel:
+    """A model in evaluation mode whose weights are yet to be loaded. Raises `UserError` if it cannot be cut so."""
     tensor, expert = args.tensor_model_parallel_size, args.expert_model_parallel_size
     whole = {"num_attention_heads": args.num_attention_heads, "vocabulary": args.padded_vocab_size}
     if args.group_query_attention and args.num_query_groups:
@@ -80,10 +95,7 @@ def build_model(args: Namespace, rope_scaling_factor: float | None = None) -> GP
             raise UserError(f"{name} {value} is not divisible by tensor parallel size {tensor}")
     if args.num_experts and args.num_experts % expert:
         raise UserError(f"num_experts {args.num_experts} is not divisible by expert parallel size {expert}")
-    model_config = gpt_config_from_args(args)
-    model_config.transformer_layer_spec = measured_spec
-    if rope_scaling_factor is not None:
-        model_config.rope_scaling_factor = rope_scaling_factor
+    model_config = describe_model(args)
     # Says of every GPTModel that another class is to come; Megatron's version is pinned.
     logging.getLogger(GPTModel.__module__).setLevel(logging.ERROR)
     try:

@@ -1,5 +1,7 @@
 """Layer specs: Megatron's own choice for a configuration, with this project's residual adds, norm and attention."""
 
+from functools import partial
+
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -11,16 +13,20 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
+from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.model.attention import SDPACoreAttention
-from sparsecod_mcore.model.norm import RMSNorm
+from sparsecod_mcore.model.norm import AllHeadsRMSNorm, RMSNorm
 from sparsecod_mcore.model.residual import MeasuredResidualAdd
 
 
-def measured_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def measured_spec(
+    model_config: GPTModelConfig, vp_stage: int | None = None, full_width_qk_norm: bool = False
+) -> TransformerBlockSubmodules:
     """The decoder's spec for one pipeline stage: local or Transformer Engine, dense or MoE.
 
     The adds are replaced everywhere. In the local spec so are the norms (upstream's refuse sequence parallelism) and
     the core attention (upstream's keeps S x S scores); Transformer Engine's fused modules are left as they are.
+    With `full_width_qk_norm` queries, and keys, of all heads are normalised together.
     """
     transformer = model_config.transformer
     spec = default_layer_spec(model_config, vp_stage)
@@ -38,6 +44,12 @@ def measured_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> 
         _measure(layer.submodules)
         if local:
             _localise(layer.submodules, rms_norm=transformer.normalization == "RMSNorm")
+        if full_width_qk_norm:
+            if not transformer.qk_layernorm or transformer.normalization != "RMSNorm":
+                raise UserError("cod.full_width_qk_norm needs qk_layernorm: true and normalization: RMSNorm")
+            attention = layer.submodules.self_attention.submodules
+            attention.q_layernorm = partial(AllHeadsRMSNorm, heads=transformer.num_attention_heads)
+            attention.k_layernorm = partial(AllHeadsRMSNorm, heads=transformer.num_query_groups)
     return spec
 
 

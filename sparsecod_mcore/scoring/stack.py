@@ -11,7 +11,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.exchange import megatron
-from sparsecod_mcore.exchange.hugging_face import HuggingFaceModel, load_parameters
+from sparsecod_mcore.exchange.hugging_face import HuggingFaceModel
+from sparsecod_mcore.exchange.megatron_model import load_parameters
 from sparsecod_mcore.model.build import build_model, evaluation_arguments
 from sparsecod_mcore.scoring import parallel
 
@@ -92,7 +93,7 @@ class Stack:
 
 def model_files(path: Path) -> list[Path]:
     """The files that `load_stack` reads of `path`."""
-    checkpoint = _find_checkpoint(path)
+    checkpoint = megatron.find_model(path)
     if checkpoint is None:
         return HuggingFaceModel(path).files
     return sorted(file for file in checkpoint.iterdir() if file.is_file())
@@ -104,7 +105,7 @@ def load_stack(path: Path, dtype: torch.dtype = torch.float32, *, tensor: int = 
     Collective: under torchrun every rank calls it, and gets its part of the model at tensor- and expert-parallel sizes
     `tensor` and `expert`, whatever the checkpoint was saved at. Raises `UserError` if it is no model or does not fit.
     """
-    checkpoint = _find_checkpoint(path)
+    checkpoint = megatron.find_model(path)
     source = HuggingFaceModel(path) if checkpoint is None else None
     parallel.initialise(tensor, expert)
     if source is not None:
@@ -113,24 +114,10 @@ def load_stack(path: Path, dtype: torch.dtype = torch.float32, *, tensor: int = 
         assert checkpoint is not None
         settings = vars(megatron.read_arguments(checkpoint))
     args = evaluation_arguments(settings, dtype)
-    model = build_model(args, None if source is None else settings.get("rope_scaling_factor"))
+    model = build_model(args)
     if source is not None:
-        load_parameters(model, source, model.pg_collection.tp.rank(), tensor)
+        load_parameters(model, source)
     else:
         assert checkpoint is not None
         megatron.load_weights(model, checkpoint)
     return Stack(model, args.vocab_size)
-
-
-def _find_checkpoint(path: Path) -> Path | None:
-    """The torch_dist checkpoint that `path` means; None where it is a Hugging Face directory instead."""
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
-        raise UserError(f"{path} {what}; a run's directory, a checkpoint or a Hugging Face directory is wanted")
-    checkpoint = megatron.find_checkpoint(path)
-    if checkpoint is None and not (path / "config.json").exists():
-        raise UserError(
-            f"{path} is no model: it holds neither a torch_dist checkpoint nor the config.json of a "
-            "Hugging Face directory"
-        )
-    return checkpoint

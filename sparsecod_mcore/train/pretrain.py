@@ -14,13 +14,13 @@ import torch
 from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.training import training
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
 
 from sparsecod_mcore import config
 from sparsecod_mcore.errors import EXIT_USER_ERROR, UserError
-from sparsecod_mcore.model.spec import measured_spec
+from sparsecod_mcore.model.build import describe_model
 from sparsecod_mcore.monitor.monitor import Monitor
 from sparsecod_mcore.monitor.reduction import holds_replicated_tokens
 from sparsecod_mcore.train import checkpoints, input_checks, upstream
@@ -117,8 +117,7 @@ def _validate(args: Namespace) -> None:
 
 
 def _train(args: Namespace, run: RunDirectory, say: Say) -> None:
-    model_config = gpt_config_from_args(args)
-    model_config.transformer_layer_spec = measured_spec
+    model_config = describe_model(args)
     hooks: list[TrainingHooks] = []
 
     def measure(model_chunks: list[MegatronModule]) -> list[MegatronModule]:

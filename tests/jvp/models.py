@@ -43,7 +43,13 @@ def one_process() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def random_model(dtype: torch.dtype = torch.float64, width: int = 16, layers: int = 1, **overrides: Any) -> GPTModel:
+def random_model(
+    dtype: torch.dtype = torch.float64,
+    width: int = 16,
+    layers: int = 1,
+    full_width_qk_norm: bool = False,
+    **overrides: Any,
+) -> GPTModel:
     """A model whose branches are large enough to bend what passes through them; call inside `one_process`."""
     settings: dict[str, Any] = {
         "num_layers": layers,
@@ -68,7 +74,7 @@ def random_model(dtype: torch.dtype = torch.float64, width: int = 16, layers: in
     model_parallel_cuda_manual_seed(1)
     torch.manual_seed(1)
     config = TransformerConfig(**(settings | overrides))
-    spec = measured_spec(GPTModelConfig(transformer=config, vocab_size=64))
+    spec = measured_spec(GPTModelConfig(transformer=config, vocab_size=64), full_width_qk_norm=full_width_qk_norm)
     model = GPTModel(config, spec, vocab_size=64, max_sequence_length=64, position_embedding_type="rope")
     for name, parameter in model.named_parameters():
         if "norm" in name:

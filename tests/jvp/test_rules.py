@@ -23,6 +23,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mqa": MQA,
     "interleaved_rotary": {"rotary_interleaved": True},
     "qk_norm": GQA | {"qk_layernorm": True},
+    "qk_norm_of_all_heads": GQA | {"qk_layernorm": True, "full_width_qk_norm": True},
     "layer_norm": {"normalization": "LayerNorm", "add_bias_linear": True},
     "moe": MOE,
     "moe_shared_expert": GQA | MOE | SHARED_EXPERT,

@@ -65,8 +65,8 @@ def _random(settings: dict[str, Any], std: float) -> tuple[Stack, Namespace]:
     args = evaluation_arguments(settings, torch.float32)
     model = build_model(args)
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:  # not those of norms
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 or name.endswith("bias"):  # not the weights of norms
             parameter.data.normal_(0, std, generator=generator)
     return Stack(model, settings["vocab_size"]), args
 

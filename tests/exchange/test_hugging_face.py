@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparsecod_mcore.errors import UserError
-from sparsecod_mcore.exchange import llama
+from sparsecod_mcore.exchange.decoder import decoder_settings
 from sparsecod_mcore.scoring.stack import load_stack, model_files
 
 CONFIG = {
@@ -99,9 +99,9 @@ def test_rotary_embeddings(tmp_path: Path) -> None:
 
 
 def test_settings() -> None:
-    windowed = llama.settings(CONFIG | {"model_type": "mistral", "sliding_window": 48})
+    windowed = decoder_settings(CONFIG | {"model_type": "mistral", "sliding_window": 48})
     assert windowed["max_position_embeddings"] == 48  # up to which the window changes nothing
-    assert llama.settings(CONFIG | {"head_dim": None})["kv_channels"] == 4
+    assert decoder_settings(CONFIG | {"head_dim": None})["kv_channels"] == 4
     for change, complaint in (
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         (
@@ -110,7 +110,7 @@ def test_settings() -> None:
         ),
     ):
         with pytest.raises(UserError, match=complaint):
-            llama.settings(CONFIG | change)
+            decoder_settings(CONFIG | change)
 
 
 def test_tensors_that_do_not_belong_are_refused(tmp_path: Path) -> None:
@@ -120,6 +120,6 @@ def test_tensors_that_do_not_belong_are_refused(tmp_path: Path) -> None:
     ):
         load_stack(save(tmp_path / "more", tensors | {"model.layers.2.bias": torch.ones(3)}))
     with pytest.raises(
-        UserError, match=r"word_embeddings.weight has the shape \[32, 16\], config.json implies \[40, 16\]"
+        UserError, match=r"embed_tokens.weight has the shape \[32, 16\], config.json implies \[40, 16\]"
     ):
         load_stack(save(tmp_path / "other", tensors, vocab_size=40))
