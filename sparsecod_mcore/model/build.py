@@ -15,7 +15,7 @@ from megatron.training.models.gpt import GPTModelBuilder
 from sparsecod_mcore import platform
 from sparsecod_mcore.config import build_parser
 from sparsecod_mcore.errors import UserError
-from sparsecod_mcore.model.spec import measured_spec
+from sparsecod_mcore.model.spec import use_measured_spec
 
 # How a model was trained, as opposed to what it is.
 _EVALUATION: dict[str, Any] = {
@@ -81,7 +81,7 @@ def build_model(args: Namespace, rope_scaling_factor: float | None = None) -> GP
     if args.num_experts and args.num_experts % expert:
         raise UserError(f"num_experts {args.num_experts} is not divisible by expert parallel size {expert}")
     model_config = gpt_config_from_args(args)
-    model_config.transformer_layer_spec = measured_spec
+    use_measured_spec(model_config, args, training=False)
     if rope_scaling_factor is not None:
         model_config.rope_scaling_factor = rope_scaling_factor
     # Says of every GPTModel that another class is to come; Megatron's version is pinned.

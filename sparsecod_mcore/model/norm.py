@@ -1,8 +1,9 @@
-"""RMSNorm for Megatron's local spec."""
+"""Norms: RMSNorm for Megatron's local spec, and one whose output is scaled."""
 
 from typing import Any
 
 import torch
+from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sparsecod_mcore.errors import UserError
@@ -27,3 +28,17 @@ class RMSNorm(torch.nn.Module):
     def forward(self, x_SBD: torch.Tensor) -> torch.Tensor:
         """Normalise `x_SBD` [sequence, batch, hidden]; same shape and dtype out."""
         return torch.nn.functional.rms_norm(x_SBD, self.weight.shape, self.weight, self.eps)
+
+
+class ScaledNorm(torch.nn.Module):
+    """y = scale * norm(x), for a norm of any kind."""
+
+    def __init__(self, build: LayerNormBuilder, scale: float, **arguments: Any) -> None:
+        """`build` makes the norm of `arguments`, which are those of every norm of a spec."""
+        super().__init__()
+        self.norm = build(**arguments)
+        self.scale = scale
+
+    def forward(self, x_SBD: torch.Tensor) -> torch.Tensor:
+        """Normalise and scale `x_SBD` [sequence, batch, hidden]; same shape and dtype out."""
+        return self.scale * self.norm(x_SBD)

@@ -1,5 +1,8 @@
 """Layer specs: Megatron's own choice for a configuration, with this project's residual adds, norm and attention."""
 
+from argparse import Namespace
+from functools import partial
+
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -8,15 +11,32 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from sparsecod_mcore.model.attention import SDPACoreAttention
+from sparsecod_mcore.model.deepnorm import scale_initial_weights
+from sparsecod_mcore.model.depth_control import DepthControl
 from sparsecod_mcore.model.norm import RMSNorm
 from sparsecod_mcore.model.residual import MeasuredResidualAdd
 
 
-def measured_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def use_measured_spec(model_config: GPTModelConfig, args: Namespace, *, training: bool) -> None:
+    """Have `model_config` build with `measured_spec`, and with the depth control of `args`.
+
+    Raises `UserError` where the two do not go together.
+    """
+    control = DepthControl.of(args)
+    control.check(model_config.transformer, training=training)
+    control.set_initialisation(model_config.transformer)
+    model_config.transformer_layer_spec = partial(measured_spec, control=control)
+    if training and control.kind == "deepnorm":
+        model_config.pre_wrap_hooks.append(scale_initial_weights)
+
+
+def measured_spec(
+    model_config: GPTModelConfig, vp_stage: int | None = None, control: DepthControl | None = None
+) -> TransformerBlockSubmodules:
     """The decoder's spec for one pipeline stage: local or Transformer Engine, dense or MoE.
 
     The adds are replaced everywhere. In the local spec so are the norms (upstream's refuse sequence parallelism) and
@@ -38,6 +58,8 @@ def measured_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> 
         _measure(layer.submodules)
         if local:
             _localise(layer.submodules, rms_norm=transformer.normalization == "RMSNorm")
+    if control is not None:
+        control.apply(spec, transformer, get_transformer_layer_offset(transformer, vp_stage))
     return spec
 
 

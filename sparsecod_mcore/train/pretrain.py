@@ -20,7 +20,7 @@ from megatron.training.global_vars import set_global_variables
 
 from sparsecod_mcore import config
 from sparsecod_mcore.errors import EXIT_USER_ERROR, UserError
-from sparsecod_mcore.model.spec import measured_spec
+from sparsecod_mcore.model.spec import use_measured_spec
 from sparsecod_mcore.monitor.monitor import Monitor
 from sparsecod_mcore.monitor.reduction import holds_replicated_tokens
 from sparsecod_mcore.train import checkpoints, input_checks, upstream
@@ -118,7 +118,7 @@ def _validate(args: Namespace) -> None:
 
 def _train(args: Namespace, run: RunDirectory, say: Say) -> None:
     model_config = gpt_config_from_args(args)
-    model_config.transformer_layer_spec = measured_spec
+    use_measured_spec(model_config, args, training=True)
     hooks: list[TrainingHooks] = []
 
     def measure(model_chunks: list[MegatronModule]) -> list[MegatronModule]:
