@@ -14,10 +14,13 @@ from sparsecod_mcore import platform
 
 platform.prepare()
 
+from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm  # noqa: E402
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider  # noqa: E402
 from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.transformer.identity_op import IdentityOp  # noqa: E402
 from megatron.core.transformer.mlp import MLP  # noqa: E402
+from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 
 from sparsecod_mcore.errors import UserError  # noqa: E402
 from sparsecod_mcore.jvp import layer_jvp  # noqa: E402
@@ -182,9 +185,7 @@ def test_layers_are_counted_over_the_whole_model() -> None:
         assert found == pytest.approx(expected)
 
 
-def _spec_of(layer: Any) -> Any:
-    from megatron.core.transformer.spec_utils import ModuleSpec
-
+def _spec_of(layer: Any) -> ModuleSpec:
     return ModuleSpec(type(layer), submodules=layer.submodules_config)
 
 
@@ -224,11 +225,10 @@ def test_initialisation() -> None:
         assert scaled == L * (4 if not experts else 2 + 2 * experts["num_moe_experts"])
 
 
-def test_norms_fused_by_transformer_engine_are_taken_apart() -> None:
+def test_norms_fused_by_transformer_engine_are_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """On its specs alone, which can be had without it."""
+    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", TESpecProvider)
     engine = gpt_layer_specs.get_gpt_layer_with_transformer_engine_submodules
-    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
-
     dense = with_separate_norms(engine())
     assert dense.input_layernorm is TENorm and dense.pre_mlp_layernorm is TENorm
     assert dense.self_attention.submodules.linear_qkv is TEColumnParallelLinear
@@ -236,7 +236,7 @@ def test_norms_fused_by_transformer_engine_are_taken_apart() -> None:
     local = gpt_layer_specs.get_gpt_layer_local_submodules(normalization="RMSNorm")
     assert dense.sharded_state_dict_keys_map.items() >= local.sharded_state_dict_keys_map.items()
     moe = with_separate_norms(engine(num_experts=4))
-    assert moe.input_layernorm is TENorm and moe.mlp is not dense.mlp
+    assert moe.input_layernorm is TENorm and moe.pre_mlp_layernorm is engine(num_experts=4).pre_mlp_layernorm
     assert "pre_mlp_layernorm." not in moe.sharded_state_dict_keys_map
     with pytest.raises(UserError, match="attention has its norm inside"):
         with_separate_norms(engine(multi_latent_attention=True, mla_down_proj_fusion=True))
