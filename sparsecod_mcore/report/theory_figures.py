@@ -1,4 +1,7 @@
-"""Figures of checked theorems, from their file alone: predictions as lines, measurements with their intervals."""
+"""Figures of checked theorems, from their file alone: measurements with their intervals.
+
+Predictions are dashed; what mathematics gives for what was simulated, where that is something else, is dotted.
+"""
 
 import math
 from pathlib import Path
@@ -50,6 +53,8 @@ def _draw(panel: Axes, check: Check) -> None:
         colour = EVEN_COLOURS(index / max(len(series) - 1, 1) if len(series) > 1 else 1.0)
         x = [point.parameters[check.varied] for point in points]
         panel.plot(x, [point.predicted for point in points], color=colour, linestyle="--", linewidth=1.2)
+        exact = [math.nan if point.exact is None else point.exact for point in points]
+        panel.plot(x, exact, color=colour, linestyle=":", linewidth=1.2)
         measured = [point.measured for point in points]
         below = [max(point.measured - point.low, 0.0) for point in points]
         above = [max(point.high - point.measured, 0.0) for point in points]

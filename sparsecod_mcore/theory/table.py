@@ -3,7 +3,7 @@
 from sparsecod_mcore.report.tables import aligned
 from sparsecod_mcore.theory.results import Check, Results
 
-HEADINGS = ("theorem", "check", "claim", "at", "predicted", "measured", "verdict")
+HEADINGS = ("theorem", "check", "claim", "not met", "at", "predicted", "measured ± interval", "verdict")
 
 
 def theory_table(results: Results) -> str:
@@ -12,7 +12,7 @@ def theory_table(results: Results) -> str:
 
 
 def row(check: Check) -> list[str]:
-    """Theorem, check, claim, and of the telling point: where, what was predicted, what was measured, the verdict."""
+    """Theorem, check, claim, assumption not met; of the telling point where, prediction, measurement; the verdict."""
     point = check.telling
     where = ", ".join(f"{name} {value:g}" for name, value in point.parameters.items())
     half = (point.high - point.low) / 2
@@ -20,6 +20,7 @@ def row(check: Check) -> list[str]:
         str(check.theorem),
         check.name,
         f"{check.claim} ({check.source})",
+        check.violated or "",
         where,
         f"{point.predicted:.4g}",
         f"{point.measured:.4g} ± {half:.2g}",
@@ -34,5 +35,4 @@ def outcome(check: Check) -> str:
         return f"{check.verdict}, up to {check.slack:.3g} times too large"
     if check.verdict in ("holds", "holds all the same"):
         return check.verdict
-    what = f"not {check.violated}: " if check.violated is not None else ""
-    return f"{check.verdict} ({what}measured {factor:.3g} times the prediction)"
+    return f"{check.verdict}: {factor:.3g} times the prediction"
