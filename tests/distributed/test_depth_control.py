@@ -1,17 +1,13 @@
 """Remedies against depth train the same model in every layout, and are there again when the model is scored."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from sparsecod_mcore import platform
 
 platform.prepare()
-
-from megatron.core import parallel_state  # noqa: E402
 
 from sparsecod_mcore.model.norm import ScaledNorm  # noqa: E402
 from sparsecod_mcore.model.residual import MeasuredResidualAdd  # noqa: E402
@@ -19,6 +15,7 @@ from sparsecod_mcore.model.residual_norms import BranchNormResidualAdd, PostNorm
 from sparsecod_mcore.scoring.stack import load_stack  # noqa: E402
 from tests.distributed.jobs import Data, assert_same_losses, assert_same_statistics, train  # noqa: E402
 from tests.distributed.test_layouts import PP2, SP, TOLERANCE, TP2  # noqa: E402
+from tests.scoring.conftest import leave_no_process_group  # noqa: E402, F401
 
 pytestmark = pytest.mark.distributed
 
@@ -26,14 +23,6 @@ pytestmark = pytest.mark.distributed
 FLAGS = ("--cod-mix-ln-share", 0.75, "--train-iters", 4)
 PLAIN, BRANCH, POST = MeasuredResidualAdd, BranchNormResidualAdd, PostNormResidualAdd
 ADDS = {"mix_ln": [POST] * 3 + [PLAIN], "layernorm_scaling": [PLAIN] * 4, "sandwich_norm": [BRANCH] * 4}
-
-
-@pytest.fixture(autouse=True)
-def leave_no_process_group() -> Iterator[None]:
-    yield
-    if dist.is_initialized():
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(

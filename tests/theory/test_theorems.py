@@ -84,6 +84,8 @@ def test_laws_in_numbers() -> None:
     assert theorem2.shared_mask_growth(3.0, 3.0, 0.1) == pytest.approx(26.5)
     # 2 steps of θ ← 0.5 θ − noise: 1/16 of the variance, and 1 + 1/4 times that of the noise.
     assert theorem3.variance(2, 0.5, 1.0, 1.0, 2.0) == pytest.approx(1 / 16 + 1.25)
+    of_decays = [theorem3.variance(100, 0.1, decay, 1.0, 1.0) for decay in (0.1, 1.0, 5.0, 9.9)]
+    assert of_decays == sorted(of_decays, reverse=True)
     assert theorem4.causal_variance(3) == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
     assert theorem5.shared_head_average_variance(64, 1) == theorem5.attention_variance(64)
     assert theorem6.variance_of_correlated(4, 1.0) == 1.0

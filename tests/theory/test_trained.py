@@ -1,36 +1,24 @@
 """What is measured of a model, against float64 on small models whose answer is known."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from sparsecod_mcore import platform
 
 platform.prepare()
-
-from megatron.core import parallel_state  # noqa: E402
 
 from sparsecod_mcore.errors import UserError  # noqa: E402
 from sparsecod_mcore.scoring.stack import Stack  # noqa: E402
 from sparsecod_mcore.theory import trained  # noqa: E402
 from sparsecod_mcore.theory.results import Check  # noqa: E402
 from sparsecod_mcore.theory.run import Request, verify  # noqa: E402
+from tests.scoring.conftest import leave_no_process_group  # noqa: E402, F401
 from tests.scoring.random_models import GQA, MOE, random_stack, random_tokens, save_random_checkpoint  # noqa: E402
 
 TOKENS = random_tokens(4, 20)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def leave_no_process_group() -> Iterator[None]:
-    """Tests of other folders make their own in the same process."""
-    yield
-    if dist.is_initialized():
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
 
 
 def checks(stack: Stack) -> dict[str, Check]:
