@@ -1,7 +1,5 @@
 """DeepNorm's initialisation: what a layer writes to the stream starts smaller (DeepNet, Wang et al. 2022)."""
 
-from collections.abc import Sequence
-
 import torch
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
@@ -10,8 +8,11 @@ from sparsecod_mcore.model.depth_control import deepnorm_beta
 
 
 @torch.no_grad()
-def scale_initial_weights(model_chunks: Sequence[MegatronModule]) -> None:
-    """Multiply by beta the weights of values, attention's output projection and the MLP or experts, on every rank."""
+def scale_initial_weights(model_chunks: list[MegatronModule]) -> list[MegatronModule]:
+    """Multiply by beta the weights of values, attention's output projection and the MLP or experts, on every rank.
+
+    A hook of Megatron's for a model that was just built: returns it.
+    """
     for chunk in model_chunks:
         for layer in chunk.decoder.layers:
             beta = deepnorm_beta(layer.config.num_layers)
@@ -21,6 +22,7 @@ def scale_initial_weights(model_chunks: Sequence[MegatronModule]) -> None:
             for name, weight in layer.mlp.named_parameters():
                 if "linear_fc" in name and weight.dim() > 1:  # neither routers, nor gates, nor biases
                     weight *= beta
+    return model_chunks
 
 
 def value_rows(attention: SelfAttention) -> torch.Tensor:

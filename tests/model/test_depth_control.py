@@ -26,7 +26,7 @@ from sparsecod_mcore.errors import UserError  # noqa: E402
 from sparsecod_mcore.jvp import layer_jvp  # noqa: E402
 from sparsecod_mcore.jvp.exact import directional_sums  # noqa: E402
 from sparsecod_mcore.model.build import build_model, evaluation_arguments  # noqa: E402
-from sparsecod_mcore.model.deepnorm import scale_initial_weights  # noqa: E402
+from sparsecod_mcore.model.deepnorm import scale_initial_weights, value_rows  # noqa: E402
 from sparsecod_mcore.model.depth_control import DepthControl  # noqa: E402
 from sparsecod_mcore.model.residual import bind_residual_adds  # noqa: E402
 from sparsecod_mcore.model.unfused import with_separate_norms  # noqa: E402
@@ -210,7 +210,7 @@ def test_initialisation() -> None:
     for experts in ({}, MOE):
         model = model_of("deepnorm", **experts)
         before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-        scale_initial_weights([model])
+        assert scale_initial_weights([model]) == [model]
         beta, scaled = (8 * L) ** -0.25, 0
         for name, weight in model.named_parameters():
             expected = before[name]
@@ -223,6 +223,21 @@ def test_initialisation() -> None:
             scaled += not torch.equal(expected, before[name])
             torch.testing.assert_close(weight, expected)
         assert scaled == L * (4 if not experts else 2 + 2 * experts["num_moe_experts"])
+
+
+def test_rows_of_values_are_found_on_every_rank() -> None:
+    """Also where a query group is spread over two ranks: 2 queries, key, value, 4 rows each."""
+    config = SimpleNamespace(num_query_groups=2, num_attention_heads=4)
+    for ranks in (1, 2, 4):
+        of_ranks = []
+        for rank in range(ranks):
+            group = SimpleNamespace(tp=SimpleNamespace(rank=lambda rank=rank: rank))
+            projection = SimpleNamespace(weight=torch.zeros(32 // ranks, D))
+            attention: Any = SimpleNamespace(
+                config=config, linear_qkv=projection, hidden_size_per_attention_head=4, pg_collection=group
+            )
+            of_ranks.append(value_rows(attention))
+        assert torch.cat(of_ranks).nonzero().flatten().tolist() == [12, 13, 14, 15, 28, 29, 30, 31]
 
 
 def test_norms_fused_by_transformer_engine_are_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
