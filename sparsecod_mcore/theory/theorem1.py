@@ -7,6 +7,7 @@ Axes: N samples, D width.
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import NormalDist
 
 import numpy as np
@@ -92,7 +93,7 @@ def checks(samples: int, seed: int) -> Iterator[Check]:
             Case(
                 {"depth": depth, "density": rho},
                 predict(depth, GAIN, rho),
-                lambda rng, n, depth=depth, rho=rho: growth(of(GAIN, rho), depth, rng, n),
+                partial(growth, of(GAIN, rho), depth),
                 exact(depth, GAIN, rho),
             )
             for depth, rho in grid
@@ -171,7 +172,7 @@ def _without_assumptions(samples: int, seed: int) -> Iterator[Check]:
             Case(
                 {"cosine": cosine, "depth": depth, "density": rho},
                 independent_growth(depth, GAIN, rho),
-                lambda rng, n, cosine=cosine: growth(_towards_stream(GAIN * rho, cosine), depth, rng, n),
+                partial(growth, _towards_stream(GAIN * rho, cosine), depth),
                 (1 + 2 * cosine * math.sqrt(GAIN * rho) + GAIN * rho) ** depth,
             )
             for cosine in (-0.1, 0.1, 0.3, 1.0)
@@ -192,7 +193,7 @@ def _without_assumptions(samples: int, seed: int) -> Iterator[Check]:
             Case(
                 {"depth": depth, "density": rho},
                 independent_growth(depth, GAIN, rho),
-                lambda rng, n, depth=depth: growth(_behind_norm(independent(GAIN, rho)), depth, rng, n),
+                partial(growth, _behind_norm(independent(GAIN, rho)), depth),
                 1 + depth * GAIN * rho * WIDTH / (WIDTH - 2),  # E‖h_0‖⁻² = 1 / (D − 2)
             )
             for depth in DEPTHS

@@ -8,6 +8,7 @@ Axes: N samples, T tokens, D width, H heads.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -111,7 +112,7 @@ def checks(samples: int, seed: int) -> Iterator[Check]:
             Case(
                 {"depth": depth, "density": rho},
                 bound(depth, attention, mlp, rho),
-                lambda rng, n, depth=depth, rho=rho: growth(depth, rho, rng, n),
+                partial(growth, depth, rho),
             )
             for rho in DENSITIES
             for depth in DEPTHS

@@ -6,6 +6,7 @@ Axes: N samples, D inputs of the layer.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
@@ -165,7 +166,7 @@ def _without_assumptions(samples: int, seed: int) -> Iterator[Check]:
             Case(
                 {"noise": noise, "decay": decay},
                 variance(STEPS, RATE, decay, 1.0, noise),
-                _trained_variance(lambda noise=noise: Adam(noise), decay),
+                _trained_variance(partial(Adam, noise), decay),
             )
             for noise in (0.01, 0.1, 1.0, 10.0)
         ],
