@@ -164,7 +164,8 @@ def _watched_attention(stack: Stack) -> Iterator[dict[int, tuple[Pair, Pair]]]:
 
     def watch(layer: int) -> Any:
         def measure(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            found[layer] = _attention_sums(*(x.double() for x in args[:3]), module.softmax_scale)
+            q_SBNH, k_TBGH, v_TBGH = (x.double() for x in args[:3])
+            found[layer] = _attention_sums(q_SBNH, k_TBGH, v_TBGH, module.softmax_scale)
 
         return measure
 
