@@ -17,6 +17,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from sparsecod_mcore import platform
 from sparsecod_mcore.errors import UserError, nearest
+from sparsecod_mcore.model import depth_control
 
 
 def add_cod_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -59,6 +60,20 @@ def add_cod_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         "--cod-full-width-qk-norm",
         action="store_true",
         help="With --qk-layernorm: normalise the queries of all heads together, and the keys, as OLMoE does.",
+    )
+    group.add_argument(
+        "--cod-depth-control",
+        type=depth_control.kind_of,
+        default=depth_control.DEFAULT_KIND,
+        metavar="KIND",
+        help=f"Explicit remedy for variance that grows with depth, one of {', '.join(depth_control.KINDS)}. Default: "
+        "scaled_init, as Megatron has it.",
+    )
+    group.add_argument(
+        "--cod-mix-ln-share",
+        type=depth_control.share_of,
+        default=depth_control.DEFAULT_POST_NORM_SHARE,
+        help="Share of the layers, from the first, that mix_ln gives post-norm. Default: 0.25.",
     )
     group.add_argument(
         "--cod-data", help="Prefix of a dataset made by tools/preprocess_data.py: its train and valid parts."

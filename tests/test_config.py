@@ -69,6 +69,9 @@ def test_numbers_and_lists(tmp_path: Path) -> None:
         ("cod: {stats_interval: -1}", "-1 is given"),
         ("cod: {jacobian_probes: 0}", "0 is given, 1 or more is accepted"),
         ("cod: {jacobian_directions: up}", "'noise', 'residual'"),
+        ("cod: {depth_control: mixln}", "did you mean 'mix_ln'"),
+        ("cod: {depth_control: pre_norm}", "none, layernorm_scaling, scaled_init, mix_ln, deepnorm, sandwich_norm are"),
+        ("cod: {mix_ln_share: 0}", "0 is given, more than 0 and at most 1 is accepted"),
         ("position_embedding_type: rop", "rop"),
     ],
 )

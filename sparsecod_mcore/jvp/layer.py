@@ -9,9 +9,10 @@ from torch import Tensor
 
 from sparsecod_mcore import platform
 from sparsecod_mcore.jvp import moe, transformer_engine  # noqa: F401  rules are registered by their import
+from sparsecod_mcore.jvp.adds import added, added_with_sums
 from sparsecod_mcore.jvp.attention import Heads, Rotary, attend, heads
 from sparsecod_mcore.jvp.dual import Dual
-from sparsecod_mcore.jvp.rules import jvp, jvp_with_sums, unknown, unsupported
+from sparsecod_mcore.jvp.rules import jvp, unknown, unsupported
 from sparsecod_mcore.jvp.shared import shared_tangents
 from sparsecod_mcore.ops import NUM_PROBE_MOMENTS, probe_moments
 
@@ -47,9 +48,12 @@ def layer_branches(layer: TransformerLayer, stream: Dual, rotary_pos_emb: Rotary
     Raises UserError for modules without a rule.
     """
     _check(layer)
-    attention = attend(layer.self_attention, _heads(layer, stream, rotary_pos_emb)).to(stream.value.dtype)
-    mlp = jvp(layer.mlp, jvp(layer.pre_mlp_layernorm, stream + attention))
-    return Branches(attention, mlp.to(stream.value.dtype))
+    dtype = stream.value.dtype
+    attention = attend(layer.self_attention, _heads(layer, stream, rotary_pos_emb)).to(dtype)
+    attention = added(layer.self_attn_bda, attention, stream)
+    after = stream + attention
+    mlp = jvp(layer.mlp, jvp(layer.pre_mlp_layernorm, after)).to(dtype)
+    return Branches(attention, added(layer.mlp_bda, mlp, after))
 
 
 @torch.no_grad()
@@ -74,9 +78,11 @@ def probe_branches(
         q, k, v, *_ = _heads(layer, Dual(hidden_SBD, directions_PSBD), rotary_pos_emb)
         shared = q.tangents, k.tangents, v.tangents
     of = of.along(*shared)
-    attention = attend(layer.self_attention, of).to(hidden_SBD.dtype)
-    after = Dual(hidden_SBD + attention.value, torch.cat([directions_PSBD, own_QSBD]).add_(attention.tangents))
-    mlp_sums, mlp = jvp_with_sums(layer.mlp, jvp(layer.pre_mlp_layernorm, after), len(shared_PD))
+    stream = Dual(hidden_SBD, torch.cat([directions_PSBD, own_QSBD]))
+    attention = added(layer.self_attn_bda, attend(layer.self_attention, of).to(hidden_SBD.dtype), stream)
+    after = Dual(hidden_SBD + attention.value, stream.tangents.add_(attention.tangents))
+    normed = jvp(layer.pre_mlp_layernorm, after)
+    mlp_sums, mlp = added_with_sums(layer.mlp_bda, layer.mlp, normed, after, len(shared_PD))
     of_shared, of_own = attention.tangents.tensor_split([len(shared_PD)])
     return ProbedBranches(_token_sums(shared_PD, of_shared), mlp_sums, of_own, mlp.to(hidden_SBD.dtype))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.jvp.dual import Dual, all_reduce, gather_sequence, project, reduce_scatter_sequence
-from sparsecod_mcore.model.norm import AllHeadsRMSNorm, RMSNorm
+from sparsecod_mcore.model.norm import AllHeadsRMSNorm, RMSNorm, ScaledNorm
 from sparsecod_mcore.ops import rms_norm_jvp, swiglu_jvp
 
 
@@ -71,6 +71,11 @@ def _(module: AllHeadsRMSNorm, x: Dual) -> Dual:
 def _(module: torch.nn.RMSNorm, x: Dual) -> Dual:
     assert module.weight is not None and module.eps is not None
     return rms_norm(x, module.weight, module.eps)
+
+
+@jvp.register
+def _(module: ScaledNorm, x: Dual) -> Dual:
+    return jvp(module.norm, x).map(lambda t: module.scale * t)
 
 
 def rms_norm(x: Dual, weight_D: Tensor, eps: float) -> Dual:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsecod_mcore.jvp.attention import Heads, Rotation, split_heads
 from sparsecod_mcore.jvp.dual import Dual, gather_sequence, plain
-from sparsecod_mcore.model.norm import RMSNorm
+from sparsecod_mcore.model.norm import RMSNorm, ScaledNorm
 
 
 @singledispatch
@@ -25,6 +25,9 @@ def norm_before(projection: torch.nn.Module, norm: torch.nn.Module) -> tuple[Ten
 
 @norm_before.register
 def _(projection: ColumnParallelLinear, norm: torch.nn.Module) -> tuple[Tensor, float] | None:
+    if isinstance(norm, ScaledNorm):
+        inner = norm_before(projection, norm.norm)
+        return None if inner is None else (norm.scale * inner[0], inner[1])
     return (norm.weight, norm.eps) if isinstance(norm, RMSNorm) else None
 
 

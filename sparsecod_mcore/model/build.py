@@ -3,7 +3,6 @@
 import logging
 from argparse import Namespace
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from sparsecod_mcore import platform
 from sparsecod_mcore.config import build_parser
 from sparsecod_mcore.errors import UserError
-from sparsecod_mcore.model.spec import measured_spec
+from sparsecod_mcore.model.spec import use_measured_spec
 
 # How a model was trained, as opposed to what it is.
 _EVALUATION: dict[str, Any] = {
@@ -73,13 +72,13 @@ def evaluation_arguments(settings: Mapping[str, Any], dtype: torch.dtype) -> Nam
     return args
 
 
-def describe_model(args: Namespace) -> GPTModelConfig:
+def describe_model(args: Namespace, *, training: bool = False) -> GPTModelConfig:
     """What Megatron builds the model from, with this project's layers.
 
     Left to itself, Megatron's training passes over its own ``--rope-scaling-factor``.
     """
     model_config = gpt_config_from_args(args)
-    model_config.transformer_layer_spec = partial(measured_spec, full_width_qk_norm=args.cod_full_width_qk_norm)
+    use_measured_spec(model_config, args, training=training)
     model_config.rope_scaling_factor = args.rope_scaling_factor
     return model_config
 

@@ -1,4 +1,4 @@
-"""RMSNorm for Megatron's local spec, and one of queries and keys for any."""
+"""Norms: RMSNorm for Megatron's local spec, one of queries and keys of all heads, and one whose output is scaled."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
+from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sparsecod_mcore.errors import UserError
@@ -64,3 +65,17 @@ class AllHeadsRMSNorm(torch.nn.Module):
         squares_SB11 = copy_to_tensor_model_parallel_region(squares_SB11, self.group)
         weight_NH = self.weight.view(-1, N, H)[self.group.rank()]
         return (x * torch.rsqrt(squares_SB11 / len(self.weight) + self.eps)).to(x_SBNH.dtype) * weight_NH
+
+
+class ScaledNorm(torch.nn.Module):
+    """y = scale * norm(x), for a norm of any kind."""
+
+    def __init__(self, build: LayerNormBuilder, scale: float, **arguments: Any) -> None:
+        """`build` makes the norm of `arguments`, which are those of every norm of a spec."""
+        super().__init__()
+        self.norm = build(**arguments)
+        self.scale = scale
+
+    def forward(self, x_SBD: torch.Tensor) -> torch.Tensor:
+        """Normalise and scale `x_SBD` [sequence, batch, hidden]; same shape and dtype out."""
+        return self.scale * self.norm(x_SBD)

@@ -5,6 +5,8 @@ there gives one instance per layer, which learns its place once the model is bui
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -17,6 +19,7 @@ ATTENTION_ADD, MLP_ADD = 0, 1  # index of a layer's two residual adds, in the or
 ADDS_PER_LAYER = 2
 
 type Add = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor]
+type BranchObserver = Callable[[int, int, torch.Tensor], None]  # of a layer's add, what it adds
 
 
 class SumsSource(Protocol):
@@ -26,6 +29,18 @@ class SumsSource(Protocol):
 
     def columns(self, layer: int, add: int, mean: Callable[[], torch.Tensor]) -> torch.Tensor | None:
         """`mean` gives the mean [D] over tokens of what is about to be added."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What one add of a measured step adds to: its moments, and its column sums about a mean [D], where wanted.
+
+    `observe`, if there is one, is shown the branch.
+    """
+
+    moments: torch.Tensor
+    columns: Callable[[Callable[[], torch.Tensor]], torch.Tensor | None]
+    observe: Callable[[torch.Tensor], None] | None
 
 
 class MeasuredResidualAdd(torch.nn.Module):
@@ -42,11 +57,23 @@ class MeasuredResidualAdd(torch.nn.Module):
         self._layer = -1
         self._add = -1
         self._in_evaluation = False
+        self._observe: BranchObserver | None = None
 
-    def bind(self, source: SumsSource | None, layer: int, add: int, *, in_evaluation: bool = False) -> None:
-        """Measure into `source` as residual add `add` of layer `layer`, counted from 0 over the whole model."""
+    def bind(
+        self,
+        source: SumsSource | None,
+        layer: int,
+        add: int,
+        *,
+        in_evaluation: bool = False,
+        observe: BranchObserver | None = None,
+    ) -> None:
+        """Measure into `source` as residual add `add` of layer `layer`, counted from 0 over the whole model.
+
+        `observe` is shown every branch that is measured.
+        """
         self._source, self._layer, self._add = source, layer, add
-        self._in_evaluation = in_evaluation
+        self._in_evaluation, self._observe = in_evaluation, observe
 
     def forward(self, training: bool, fused: bool) -> Add:
         """Megatron's protocol: return the function that adds. `fused` is moot, the add is one kernel anyway."""
@@ -67,12 +94,22 @@ class MeasuredResidualAdd(torch.nn.Module):
             # Under full recomputation Megatron enables gradients around the add in both forwards; what the branch
             # carries tells them apart.
             counts = self._in_evaluation or (branch.requires_grad and torch.is_grad_enabled())
-            if source is not None and moments is not None and counts:
-                columns = source.columns(self._layer, self._add, lambda: _token_mean(branch) + _token_mean(residual))
-                return residual_add_moments(branch, residual, moments, columns=columns)
-            return residual + branch
+            if source is None or moments is None or not counts:
+                return self.join(branch, residual, None)
+            place = self._layer, self._add
+            observe = None if self._observe is None else partial(self._observe, *place)
+            return self.join(branch, residual, Sums(moments, partial(source.columns, *place), observe))
 
         return add
+
+    def join(self, branch: torch.Tensor, residual: torch.Tensor, sums: Sums | None) -> torch.Tensor:
+        """The stream behind the add; what was added to it, and what to, is measured into `sums` if they are given."""
+        if sums is None:
+            return residual + branch
+        if sums.observe is not None:
+            sums.observe(branch)
+        columns = sums.columns(lambda: _token_mean(branch) + _token_mean(residual))
+        return residual_add_moments(branch, residual, sums.moments, columns=columns)
 
 
 def _token_mean(x: torch.Tensor) -> torch.Tensor:
@@ -80,11 +117,15 @@ def _token_mean(x: torch.Tensor) -> torch.Tensor:
 
 
 def bind_residual_adds(
-    model_chunks: Sequence[MegatronModule], source: SumsSource | None, *, in_evaluation: bool = False
+    model_chunks: Sequence[MegatronModule],
+    source: SumsSource | None,
+    *,
+    in_evaluation: bool = False,
+    observe: BranchObserver | None = None,
 ) -> None:
     """Bind the residual adds of all decoder layers in `model_chunks` to `source`, or to none."""
     for chunk in model_chunks:
         for layer in chunk.decoder.layers:
             assert isinstance(layer, TransformerLayer), type(layer)
             for add, module in ((ATTENTION_ADD, layer.self_attn_bda), (MLP_ADD, layer.mlp_bda)):
-                module.bind(source, layer.layer_number - 1, add, in_evaluation=in_evaluation)
+                module.bind(source, layer.layer_number - 1, add, in_evaluation=in_evaluation, observe=observe)

@@ -1,5 +1,6 @@
 """Layer specs: Megatron's own choice for a configuration, with this project's residual adds, norm and attention."""
 
+from argparse import Namespace
 from functools import partial
 
 from megatron.core.transformer.attention import SelfAttention
@@ -10,17 +11,37 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.model.attention import SDPACoreAttention
+from sparsecod_mcore.model.deepnorm import scale_initial_weights
+from sparsecod_mcore.model.depth_control import DepthControl
 from sparsecod_mcore.model.norm import AllHeadsRMSNorm, RMSNorm
 from sparsecod_mcore.model.residual import MeasuredResidualAdd
 
 
+def use_measured_spec(model_config: GPTModelConfig, args: Namespace, *, training: bool) -> None:
+    """Have `model_config` build with `measured_spec`, its norms of queries and keys and the depth control of `args`.
+
+    Raises `UserError` where these do not go together.
+    """
+    control = DepthControl.of(args)
+    control.check(model_config.transformer, training=training)
+    control.set_initialisation(model_config.transformer)
+    model_config.transformer_layer_spec = partial(
+        measured_spec, control=control, full_width_qk_norm=args.cod_full_width_qk_norm
+    )
+    if training and control.kind == "deepnorm":
+        model_config.pre_wrap_hooks.append(scale_initial_weights)
+
+
 def measured_spec(
-    model_config: GPTModelConfig, vp_stage: int | None = None, full_width_qk_norm: bool = False
+    model_config: GPTModelConfig,
+    vp_stage: int | None = None,
+    control: DepthControl | None = None,
+    full_width_qk_norm: bool = False,
 ) -> TransformerBlockSubmodules:
     """The decoder's spec for one pipeline stage: local or Transformer Engine, dense or MoE.
 
@@ -50,6 +71,8 @@ def measured_spec(
             attention = layer.submodules.self_attention.submodules
             attention.q_layernorm = partial(AllHeadsRMSNorm, heads=transformer.num_attention_heads)
             attention.k_layernorm = partial(AllHeadsRMSNorm, heads=transformer.num_query_groups)
+    if control is not None:
+        control.apply(spec, transformer, get_transformer_layer_offset(transformer, vp_stage))
     return spec
 
 

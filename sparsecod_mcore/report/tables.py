@@ -40,7 +40,7 @@ def variance_table(run_directory: Path) -> str:
     ]
     iterations_I, tokens_I, _ = statistics.series("layer_output", "variance")
     title = f"Variance by layer after iteration {iterations_I[-1]:,} ({tokens_I[-1]:,} training tokens)"
-    return f"{title}\n\n{_aligned([list(_HEADINGS), *rows])}\n\n{_LEGEND}"
+    return f"{title}\n\n{aligned([list(_HEADINGS), *rows])}\n\n{_LEGEND}"
 
 
 def sparsity_table(scores: Scores) -> str:
@@ -59,7 +59,7 @@ def sparsity_table(scores: Scores) -> str:
         for heading, statistic in (("output variance", "variance"), ("output kurtosis", "dimension_kurtosis")):
             columns[heading] = [_number(value) for value in stream[statistic]]
     layers = [str(layer) for layer in range(scores.layers)]
-    return _aligned([["layer", *columns], *map(list, zip(layers, *columns.values(), strict=True))])
+    return aligned([["layer", *columns], *map(list, zip(layers, *columns.values(), strict=True))])
 
 
 def jacobian_table(run_directory: Path) -> str:
@@ -81,7 +81,7 @@ def jacobian_table(run_directory: Path) -> str:
     }
     rows = [[str(layer), *map(_number, values)] for layer, values in enumerate(zip(*columns.values(), strict=True))]
     title = f"Distance from the identity by layer, probed at iteration {iterations_I[-1]:,} (docs/jacobian.md)"
-    return f"{title}\n\n{_aligned([['layer', *columns], *rows])}"
+    return f"{title}\n\n{aligned([['layer', *columns], *rows])}"
 
 
 def _number(value: float) -> str:
@@ -89,8 +89,9 @@ def _number(value: float) -> str:
     return f"{value:#.4g}".rstrip(".")
 
 
-def _aligned(rows: list[list[str]]) -> str:
-    """Right-aligned columns, the first row underlined."""
+def aligned(rows: list[list[str]], *, left: bool = False) -> str:
+    """Columns aligned right, as numbers are, or `left`; the first row underlined."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    justify = str.ljust if left else str.rjust
+    lines = ["  ".join(map(justify, row, widths)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sparsecod_mcore.model.residual import ATTENTION_ADD, MLP_ADD, bind_residual_adds
+from sparsecod_mcore.model.residual import ATTENTION_ADD, bind_residual_adds
 from sparsecod_mcore.monitor.buffer import MomentsBuffer
 from sparsecod_mcore.monitor.columns import ColumnsBuffer, DimensionMoments
 from sparsecod_mcore.monitor.reduction import reduce_columns, reduce_over_ranks
@@ -59,29 +59,18 @@ class MomentsMeter:
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Measure what passes through the stack meanwhile."""
-        hooks = [self._stack.layers[0].register_forward_pre_hook(self._measure_embedding, with_kwargs=True)]
-        for index, layer in enumerate(self._stack.layers):
-            hooks.append(layer.self_attention.register_forward_hook(self._branch_hook(index, ATTENTION_ADD)))
-            hooks.append(layer.mlp.register_forward_hook(self._branch_hook(index, MLP_ADD)))
-        bind_residual_adds([self._stack.model], self._adds.source, in_evaluation=True)
+        hook = self._stack.layers[0].register_forward_pre_hook(self._measure_embedding, with_kwargs=True)
+        bind_residual_adds([self._stack.model], self._adds.source, in_evaluation=True, observe=self._branches.add_alone)
         try:
             yield
         finally:
             bind_residual_adds([self._stack.model], None)
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
 
     def _measure_embedding(
         self, layer: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]
     ) -> None:
         self._embedding.add_alone(0, ATTENTION_ADD, args[0] if args else kwargs["hidden_states"])
-
-    def _branch_hook(self, layer: int, add: int) -> Any:
-        def measure(module: torch.nn.Module, args: Any, output: tuple[torch.Tensor, torch.Tensor | None]) -> None:
-            branch_SBD, bias_D = output
-            self._branches.add_alone(layer, add, branch_SBD if bias_D is None else branch_SBD + bias_D)
-
-        return measure
 
     def result(self, sequences: int, length: int) -> Moments:
         """The statistics over all sequences of all ranks, of which there are `sequences`. Collective over all ranks."""

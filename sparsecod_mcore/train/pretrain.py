@@ -117,7 +117,7 @@ def _validate(args: Namespace) -> None:
 
 
 def _train(args: Namespace, run: RunDirectory, say: Say) -> None:
-    model_config = describe_model(args)
+    model_config = describe_model(args, training=True)
     hooks: list[TrainingHooks] = []
 
     def measure(model_chunks: list[MegatronModule]) -> list[MegatronModule]:

@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from megatron.training.models.gpt import GPTModelConfig  # noqa: E402
 
+from sparsecod_mcore.model.depth_control import DepthControl  # noqa: E402
 from sparsecod_mcore.model.spec import measured_spec  # noqa: E402
 
 GQA = {"num_query_groups": 2}
@@ -48,6 +49,7 @@ def random_model(
     width: int = 16,
     layers: int = 1,
     full_width_qk_norm: bool = False,
+    control: DepthControl | None = None,
     **overrides: Any,
 ) -> GPTModel:
     """A model whose branches are large enough to bend what passes through them; call inside `one_process`."""
@@ -74,9 +76,10 @@ def random_model(
     model_parallel_cuda_manual_seed(1)
     torch.manual_seed(1)
     config = TransformerConfig(**(settings | overrides))
-    spec = measured_spec(GPTModelConfig(transformer=config, vocab_size=64), full_width_qk_norm=full_width_qk_norm)
+    described = GPTModelConfig(transformer=config, vocab_size=64)
+    spec = measured_spec(described, control=control, full_width_qk_norm=full_width_qk_norm)
     model = GPTModel(config, spec, vocab_size=64, max_sequence_length=64, position_embedding_type="rope")
     for name, parameter in model.named_parameters():
-        if "norm" in name:
+        if "norm" in name:  # also those of residual adds
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return model.to(dtype).train()
