@@ -1,7 +1,8 @@
 """Whether training goes on: a file touched at every step, and the question of a container how old that is.
 
-``python -m sparsecod_mcore.cluster.heartbeat`` exits with 0 while the file named by SPARSECOD_HEARTBEAT was touched within the
-last SPARSECOD_STALL_SECONDS (default 1800: a save, a validation and a start may lie between two steps), and else with 1.
+``python -m sparsecod_mcore.cluster.heartbeat`` exits with 0 while the file named by SPARSECOD_HEARTBEAT was touched
+within the last SPARSECOD_STALL_SECONDS, and else with 1. Default: 1800, for a save, a validation and a start may lie
+between two steps.
 """
 
 import os

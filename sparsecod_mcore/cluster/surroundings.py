@@ -1,4 +1,4 @@
-"""What a scheduler says, in environment variables, about the processes of a job: Slurm, Kubernetes, torchrun, nobody."""
+"""What a scheduler says of a job's processes, in environment variables: Slurm, Kubernetes, torchrun, or none."""
 
 import re
 from collections.abc import Mapping

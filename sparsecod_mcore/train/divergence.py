@@ -1,4 +1,4 @@
-"""What happens when the loss or the gradients stop being finite: steps are skipped, so many in a row, or the run stops."""
+"""What happens when loss or gradients stop being finite: steps are skipped, so many in a row, or the run stops."""
 
 import math
 from collections.abc import Mapping

@@ -65,9 +65,7 @@ def test_kubernetes() -> None:
     assert plan(POD | pet | {"PET_NPROC_PER_NODE": "8"}, 8).torchrun == ()
     assert plan(POD | pet | {"PET_NPROC_PER_NODE": "auto"}, 4).torchrun == ("--nproc-per-node", "4")
     older = " ".join(plan(POD, 8).torchrun or ())
-    assert older == (
-        "--nnodes 8 --node-rank 3 --nproc-per-node 8 --master-addr dense-1b-master-0 --master-port 23456"
-    )
+    assert older == ("--nnodes 8 --node-rank 3 --nproc-per-node 8 --master-addr dense-1b-master-0 --master-port 23456")
 
 
 def test_torchrun_and_nobody() -> None:

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.distributed
 
 def test_tensorboard_and_wandb(tmp_path: Path, dense_config: Path, data: Data) -> None:
     flags = ("--wandb-project", "tests", "--wandb-exp-name", "writers", "--full-validation", "--log-interval", 2)
-    job = train(tmp_path, dense_config, data, *flags, wandb=True)
+    job = train(tmp_path, dense_config, data, *flags, wandb="")
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     statistics = job.statistics()
