@@ -1,10 +1,11 @@
-"""What statistics cost: interleaves training steps without them, with them, and with the usual hooks, in one process."""
+"""What statistics cost: interleaves training steps without them, with them, and with the usual hooks."""
 
 import argparse
 import contextlib
 import json
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Iterator
 from datetime import date
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where nothing is installed
 
 from benchmarks.training_ways import compare, measured, run, unmeasured
 from sparsecod_mcore.data import DocstringCorpus, LimitedCorpus, preprocess, train_tokenizer

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where nothing is installed
 
 from benchmarks.measure import machine
 from benchmarks.training_ways import compare, measured, run, unmeasured

@@ -56,6 +56,11 @@ def add_cod_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         help="Random directions only, or also that of the residual stream itself. Default: noise.",
     )
     group.add_argument(
+        "--cod-profile",
+        choices=["torch", "nsys", "dlprof"],
+        help="Profile steps --profile-step-start to --profile-step-end with this tool, and summarise it.",
+    )
+    group.add_argument(
         "--cod-skip-non-finite",
         type=_non_negative,
         default=0,

@@ -24,7 +24,7 @@ from sparsecod_mcore.monitor.monitor import Monitor
 from sparsecod_mcore.monitor.parquet import ParquetSink
 from sparsecod_mcore.monitor.sinks import Sink, TensorBoardSink, WandbSink
 from sparsecod_mcore.monitor.statistics import LayerStatistics
-from sparsecod_mcore.train import checkpoints
+from sparsecod_mcore.train import checkpoints, profiling
 from sparsecod_mcore.train.divergence import Divergence
 from sparsecod_mcore.train.hardware import peak_flops
 from sparsecod_mcore.train.output import Say
@@ -57,6 +57,7 @@ class TrainingHooks:
             self.evaluate_and_print_results,
             self.save_checkpoint_and_time,
             self.checkpoint_and_decide_exit,
+            self.post_training_step_callbacks,
         ):
             original = getattr(training, hook.__name__)
             setattr(training, hook.__name__, functools.partial(hook, original))
@@ -231,6 +232,19 @@ class TrainingHooks:
         if stops and self.writes:
             self.say(f"stopped at step {iteration}, as asked, and saved; the same command goes on from here")
         return stops
+
+    def post_training_step_callbacks(
+        self, original: Callable[..., Any], model: Any, optimizer: Any, scheduler: Any, iteration: int, profiler: Any,
+        *args: Any,
+    ) -> Any:  # fmt: skip
+        """Show what torch's profiler found, when Megatron has stopped it."""
+        result = original(model, optimizer, scheduler, iteration, profiler, *args)
+        if self.args.cod_profile == "torch" and profiler is not None and iteration == self.args.profile_step_end:
+            path = self.run.path / "torch_profile" / f"rank-{dist.get_rank()}.txt"  # beside Megatron's trace
+            table = profiling.keep_summary(profiling.kernels_of_torch(profiler), path)
+            if self.writes:
+                self.say(f"{table}\nkept in {path}, with the trace for chrome://tracing beside it")
+        return result
 
     def _not_training(self, began: float) -> None:
         if self.throughput is not None:

@@ -25,7 +25,8 @@ from sparsecod_mcore.errors import EXIT_USER_ERROR, UserError
 from sparsecod_mcore.model.spec import measured_spec
 from sparsecod_mcore.monitor.monitor import Monitor
 from sparsecod_mcore.monitor.reduction import holds_replicated_tokens
-from sparsecod_mcore.train import checkpoints, faults, input_checks, upstream, wandb_writer
+from sparsecod_mcore.platform import has_gpu
+from sparsecod_mcore.train import checkpoints, faults, hardware, input_checks, profiling, upstream, wandb_writer
 from sparsecod_mcore.train.batches import build_datasets, forward_step
 from sparsecod_mcore.train.divergence import TrainingDiverged
 from sparsecod_mcore.train.hooks import TrainingHooks
@@ -78,15 +79,21 @@ def pretrain(argv: Sequence[str]) -> None:
     for name, value in run.defaults().items():
         if not getattr(args, name):
             setattr(args, name, value)
+    profiling.prepare(args)
+    if (code := profiling.run_under_tool(args, run.path, argv)) is not None:
+        sys.exit(code)
     _prefer_own_checkpoint(args)
     input_checks.fill_in_data(args)
     input_checks.check_layout(args)
+    hardware.check_fp8(args, hardware.capability())
     input_checks.check_data(args)
     run.check(settings)
     with megatron_output(run.path, args.rank, verbose=args.cod_verbose) as say:
         _validate(args)
         if args.rank == 0:
             run.claim(settings)
+        if args.rank == 0 and has_gpu() and (note := hardware.unfused_adam()):
+            say(note)
         upstream.mend()
         wandb_writer.install(say)
         set_global_variables(args)
@@ -140,6 +147,8 @@ def _train(args: Namespace, run: RunDirectory, say: Say) -> None:
             device=torch.cuda.current_device(),
         )
         monitor.bind(model_chunks)
+        if args.cod_profile is not None:
+            profiling.name_ranges(model_chunks)
         if args.cod_jacobian_interval:
             replicated = holds_replicated_tokens(args.sequence_parallel)
             monitor.instruments = [JacobianProbes(args, model_chunks, replicated=replicated)]

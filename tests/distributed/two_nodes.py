@@ -110,15 +110,8 @@ class TwoNodes:
         for node in (self.first, self.second):
             conf = f"is_host={int(node is self.first)},join_timeout=60,read_timeout=10"
             launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", str(processes)]
-            launcher += [
-                "--rdzv-backend",
-                "c10d",
-                "--rdzv-endpoint",
-                f"{self.first.address}:{PORT}",
-                "--rdzv-id",
-                "job",
-            ]
-            launcher += ["--rdzv-conf", conf, "--local-addr", node.address]
+            launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{self.first.address}:{PORT}"]
+            launcher += ["--rdzv-id", "job", "--rdzv-conf", conf, "--local-addr", node.address]
             started.append(node.start([python, *launcher, *program], env))
         return started
 
