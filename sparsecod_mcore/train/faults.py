@@ -2,10 +2,12 @@
 
 import errno
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
 
 from sparsecod_mcore.train import checkpoints
 
@@ -25,7 +27,7 @@ class RunInterrupted(RuntimeError):
 
 def interruption(error: BaseException, saved_in: Path, iteration: int) -> RunInterrupted | None:
     """What `error`, at step `iteration`, says of the surroundings; None if it is an error of another kind."""
-    reason = _reason(error)
+    reason = _reason(error, saved_in)
     if reason is None:
         return None
     saved = checkpoints.finished_iterations(saved_in)
@@ -33,17 +35,30 @@ def interruption(error: BaseException, saved_in: Path, iteration: int) -> RunInt
     return RunInterrupted(f"{reason} at iteration {iteration}; {kept}, and the same command goes on from there")
 
 
-def _reason(error: BaseException) -> str | None:
+def _reason(error: BaseException, saved_in: Path) -> str | None:
     chain = list(_chain(error))
     for link in chain:
         if (isinstance(link, OSError) and link.errno in _FULL) or _FULL_IN_WORDS.search(str(link)):
             name = getattr(link, "filename", None)
             return f"the disk is full: {name or 'the output'} could not be written"
     for link in chain:
+        if isinstance(link, CheckpointException):  # in full on the rank that coordinates, elsewhere without a reason
+            failures = _one_line(*(str(error) for error, _ in link.failures.values())) or "see the other ranks"
+            return f"the checkpoint could not be saved ({failures}; {_free(saved_in)})"
         if isinstance(link, dist.DistError | ConnectionError) or _LOST_IN_WORDS.search(str(link)):
-            what = " ".join(str(link).split())
-            return f"lost contact with another process ({what[:200]})"
+            return f"lost contact with another process ({_one_line(str(link))})"
     return None
+
+
+def _free(folder: Path) -> str:
+    """Megatron's writer swallows the reason, which mostly is this one."""
+    while not folder.exists():
+        folder = folder.parent
+    return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB are free in {folder}"
+
+
+def _one_line(*texts: str) -> str:
+    return " ".join(" ".join(texts).split())[:200]
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -1,7 +1,6 @@
 """``examples/pretrain_cod.py``: from a command line to a trained model, on Megatron's own training loop."""
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -19,6 +18,7 @@ from megatron.training import training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
+from torch.distributed.checkpoint import CheckpointException
 
 from sparsecod_mcore import config
 from sparsecod_mcore.errors import EXIT_USER_ERROR, UserError
@@ -30,7 +30,7 @@ from sparsecod_mcore.train import checkpoints, faults, hardware, input_checks, p
 from sparsecod_mcore.train.batches import build_datasets, forward_step
 from sparsecod_mcore.train.divergence import TrainingDiverged
 from sparsecod_mcore.train.hooks import TrainingHooks
-from sparsecod_mcore.train.output import Say, megatron_output
+from sparsecod_mcore.train.output import Say, leave_at_once, megatron_output
 from sparsecod_mcore.train.probing import JacobianProbes
 from sparsecod_mcore.train.run_directory import RunDirectory
 
@@ -64,10 +64,7 @@ def _leave(sentence: str, code: int, *, one_of: str = "RANK", patience: float = 
     else:
         time.sleep(patience)
         print(f"error (rank {os.environ['RANK']}): {sentence}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    for child in multiprocessing.active_children():  # the checkpoint writer would outlive what follows
-        child.kill()
-    os._exit(code)  # threads of the process group may be waiting for ranks that are gone
+    leave_at_once(code)  # threads of the process group may be waiting for ranks that are gone
 
 
 def pretrain(argv: Sequence[str]) -> None:
@@ -164,14 +161,15 @@ def _train(args: Namespace, run: RunDirectory, say: Say) -> None:
             ModelType.encoder_or_decoder,
             forward_step,
         )
-    except Exception as error:
-        iteration = getattr(args, "curr_iteration", 0)
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        iteration = getattr(args, "curr_iteration", -1) + 1  # Megatron counts those that are done
         if interruption := faults.interruption(error, Path(args.save), iteration):
             raise interruption from error
         raise
     finally:
         # A disk that is full for the log as well is not to hide the error that is on its way.
-        with contextlib.suppress(*[OSError] if isinstance(sys.exception(), Exception) else []):
+        failed = sys.exception() is not None and not isinstance(sys.exception(), SystemExit)
+        with contextlib.suppress(*[OSError] if failed else []):
             for hook in hooks:
                 hook.finish()
     if torch.distributed.is_initialized():

@@ -8,7 +8,6 @@ import atexit
 import contextlib
 import os
 import queue
-import sys
 import threading
 import time
 from argparse import Namespace
@@ -19,7 +18,7 @@ from typing import Any
 from megatron.training import global_vars, wandb_utils
 
 from sparsecod_mcore.errors import UserError
-from sparsecod_mcore.train.output import Say
+from sparsecod_mcore.train.output import Say, leave_at_once
 
 WAITING_CALLS = 20_000  # some hours of a run's log intervals
 # Seconds that wandb itself spends on a server that does not answer; its own settings, which a user may set.
@@ -76,7 +75,7 @@ class BackgroundWandb:
             self._thread.join(deadline - time.monotonic())
         if self._thread.is_alive():
             self._say("warning: W&B was not done in time; `wandb sync` sends what is kept in the run directory")
-            atexit.register(_leave)  # the last registered is the first to run: wandb's own would wait on
+            atexit.register(leave_at_once, 0)  # the last registered is the first to run: wandb's own would wait on
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
@@ -90,12 +89,6 @@ class BackgroundWandb:
             if not self._failed:
                 self._say(f"warning: W&B failed ({_first_line(error)}); training goes on")
             self._failed = True
-
-
-def _leave() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def _first_line(error: Exception) -> str:

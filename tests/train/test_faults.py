@@ -4,6 +4,7 @@ import errno
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint import CheckpointException
 
 from sparsecod_mcore import platform
 
@@ -30,6 +31,9 @@ def caused_by(error: BaseException) -> RuntimeError:
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full"),
         (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:9"), "lost contact"),
         (RuntimeError("Timed out waiting 8000ms for recv operation to complete"), "lost contact"),
+        (CheckpointException("write", {0: (OSError(28, "No space left on device"), None)}), "the disk is full"),
+        (CheckpointException("write", {}), "the checkpoint could not be saved (see the other ranks; "),
+        (CheckpointException("write", {1: (RuntimeError("no rights"), None)}), "the checkpoint could not be saved (no"),
         (ConnectionResetError(104, "Connection reset by peer"), "lost contact"),
     ],
 )

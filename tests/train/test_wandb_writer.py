@@ -12,6 +12,7 @@ from sparsecod_mcore import platform
 platform.prepare()
 
 from sparsecod_mcore.train import wandb_writer  # noqa: E402
+from sparsecod_mcore.train.output import leave_at_once  # noqa: E402
 from sparsecod_mcore.train.wandb_writer import BackgroundWandb  # noqa: E402
 
 
@@ -68,7 +69,7 @@ def test_a_hung_server_holds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "0.1")
     monkeypatch.setattr(wandb_writer, "WAITING_CALLS", 10)
     left: list = []
-    monkeypatch.setattr(atexit, "register", left.append)
+    monkeypatch.setattr(atexit, "register", lambda *call: left.append(call))
     said: list[str] = []
     answer = threading.Event()
     wandb, _ = recorder(log=lambda *args: answer.wait())
@@ -83,5 +84,5 @@ def test_a_hung_server_holds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None
         "warning: W&B does not keep up",
         "warning: W&B was not done in time",
     ]
-    assert len(left) == 1, "nothing of wandb is waited for at the end of the process"
+    assert left == [(leave_at_once, 0)], "nothing of wandb is waited for at the end of the process"
     answer.set()
