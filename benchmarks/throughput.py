@@ -23,7 +23,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where nothing is installed
 
 from benchmarks.measure import machine
-from benchmarks.training_ways import compare, measured, run, unmeasured
+from benchmarks.training_ways import Way, compare, measured, run, unmeasured
 from sparsecod_mcore.config import read_config
 from sparsecod_mcore.errors import command_line
 from sparsecod_mcore.train.hardware import peak_flops
@@ -98,14 +98,15 @@ def share_parameters(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("examples/configs/micro.yaml"))
-    parser.add_argument("--rounds", type=int, default=20, help="of four steps each (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=20, help="of four steps each, 2 or more (default: %(default)s)")
     parser.add_argument("--vocabulary", type=int, default=4096, help="size (default: %(default)s)")
     parser.add_argument("--save", action="store_true", help="write the result to benchmarks/results/")
     arguments, flags = parser.parse_known_args()
     if not torch.cuda.is_available():
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     stock = StockLayers()
-    ways = {STOCK: stock, OFF: unmeasured, MEASURED: measured, PROBED: partial(measured, probed=True)}
+    ways: dict[str, Way] = {STOCK: stock, OFF: unmeasured, MEASURED: measured}
+    ways[PROBED] = partial(measured, probed=True)
     with tempfile.TemporaryDirectory() as name:
         config = {key: value for key, value in read_config(arguments.config).items() if key not in NOT_INTERLEAVED}
         path = Path(name) / arguments.config.name

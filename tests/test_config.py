@@ -69,6 +69,8 @@ def test_numbers_and_lists(tmp_path: Path) -> None:
         ("cod: {stats_interval: -1}", "-1 is given"),
         ("cod: {jacobian_probes: 0}", "0 is given, 1 or more is accepted"),
         ("cod: {jacobian_directions: up}", "'noise', 'residual'"),
+        ("cod: {skip_non_finite: -1}", "-1 is given, 0 or more is accepted"),
+        ("cod: {profile: nsight}", "'torch', 'nsys', 'dlprof'"),
         ("position_embedding_type: rop", "rop"),
     ],
 )

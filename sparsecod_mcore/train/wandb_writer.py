@@ -104,6 +104,7 @@ def install(say: Say) -> None:
             return
         if not args.wandb_exp_name:
             raise UserError("wandb_project is given, but not wandb_exp_name, the run's name there")
+        wandb: Any
         try:
             import wandb
         except ImportError:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.jobs import TINY
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -15,16 +17,14 @@ def test_all_ways_train_the_same_model(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     config = tmp_path / "tiny.yaml"
-    from tests.distributed.jobs import TINY
-
     config.write_text(TINY.replace("lr_warmup_iters: 2", "lr_warmup_iters: 1"))
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, program, "--config", config, "--rounds", "1", "--vocabulary", "512"]
+    command = [sys.executable, program, "--config", config, "--rounds", "2", "--vocabulary", "512"]
     done = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     for way in ("stock Megatron", "statistics off", "statistics", "statistics and probes"):
         assert done.stdout.count(f"{way} ") >= 2, done.stdout
-    assert "checked 4 rounds" in done.stdout
+    assert "checked 5 rounds" in done.stdout
 
 
 # Before each step, the loss of the step's first microbatch by both kinds of layers.
@@ -52,6 +52,7 @@ def train_step(self, original, *args, iteration, **kwargs):
     return plain(self, original, *args, iteration=iteration, **kwargs)
 
 training_ways.Interleaved.train_step = train_step
-throughput.main()
-print(f"checked {len(checked)} rounds")
+if __name__ == "__main__":
+    throughput.main()
+    print(f"checked {len(checked)} rounds")
 """
