@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from sparsecod_mcore.errors import UserError
 
-# A node that cannot be reached ends the start, and a store that does not answer ends the job, after so many seconds.
-JOIN_TIMEOUT, READ_TIMEOUT = 600, 60
+# Seconds after which a node that does not come ends the start, and after which torchrun ends a node that has lost the
+# first one: more than processes take to notice (--distributed-timeout-minutes, by default 10) and to say so.
+JOIN_TIMEOUT, READ_TIMEOUT = 600, 900
 
 
 @dataclass(frozen=True)

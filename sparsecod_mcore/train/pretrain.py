@@ -58,10 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _leave(sentence: str, code: int, *, one_of: str = "RANK", patience: float = PATIENCE_AT_START) -> NoReturn:
     """Every rank has found the same; rank 0 (of all, or of each node) says it, and the launcher ends the others."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's word to end is to be heard while waiting
     if os.environ.get(one_of, "0") == "0":
         print(f"error: {sentence}", file=sys.stderr, flush=True)
     else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's word to end is to be heard while waiting
         time.sleep(patience)
         print(f"error (rank {os.environ['RANK']}): {sentence}", file=sys.stderr, flush=True)
     leave_at_once(code)  # threads of the process group may be waiting for ranks that are gone
