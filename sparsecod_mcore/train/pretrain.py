@@ -77,14 +77,14 @@ def pretrain(argv: Sequence[str]) -> None:
         if not getattr(args, name):
             setattr(args, name, value)
     profiling.prepare(args)
-    if (code := profiling.run_under_tool(args, run.path, argv)) is not None:
-        sys.exit(code)
     _prefer_own_checkpoint(args)
     input_checks.fill_in_data(args)
     input_checks.check_layout(args)
     hardware.check_fp8(args, hardware.capability())
     input_checks.check_data(args)
     run.check(settings)
+    if (code := profiling.run_under_tool(args, run.path, argv)) is not None:
+        sys.exit(code)
     with megatron_output(run.path, args.rank, verbose=args.cod_verbose) as say:
         _validate(args)
         if args.rank == 0:

@@ -61,7 +61,7 @@ FREE_TO_CHANGE = (
     "use_distributed_optimizer",
     "*_parallel_size",
     "*_parallel_degree",
-    "distributed_timeout_minutes",
+    "distributed_timeout_*",
 )
 
 

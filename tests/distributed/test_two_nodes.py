@@ -72,7 +72,7 @@ def test_a_cable_is_pulled_and_a_node_dies(
 ) -> None:
     """Tensor parallelism inside of each node; over the cable first data parallelism, then the pipeline, then both."""
     where = (nodes, 2, tmp_path, dense_config, data)
-    flags = (*dense_start, *TP2, "--distributed-timeout-seconds-after-init", 8)
+    flags = (*dense_start, *TP2, "--distributed-timeout-seconds-after-init", 15)
     data_parallel = begin(*where, *flags)
     data_parallel[1].wait_for(f"step  6/{STEPS}", 120)
     pulled = time.monotonic()

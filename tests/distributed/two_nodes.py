@@ -108,7 +108,7 @@ class TwoNodes:
         """Start `program` on both, `processes` on each, with c10d's rendezvous on the first."""
         started = []
         for node in (self.first, self.second):
-            conf = f"is_host={int(node is self.first)},join_timeout=60,read_timeout=20"
+            conf = f"is_host={int(node is self.first)},join_timeout=60,read_timeout=25"
             launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", str(processes)]
             launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{self.first.address}:{PORT}"]
             launcher += ["--rdzv-id", "job", "--rdzv-conf", conf, "--local-addr", node.address]
