@@ -76,6 +76,17 @@ def add_cod_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         help="Share of the layers, from the first, that mix_ln gives post-norm. Default: 0.25.",
     )
     group.add_argument(
+        "--cod-profile",
+        choices=["torch", "nsys", "dlprof"],
+        help="Profile steps --profile-step-start to --profile-step-end with this tool, and summarise it.",
+    )
+    group.add_argument(
+        "--cod-skip-non-finite",
+        type=_non_negative,
+        default=0,
+        help="Skip up to n steps in a row whose loss or gradients are not finite, before stopping. Default: 0, stop.",
+    )
+    group.add_argument(
         "--cod-data", help="Prefix of a dataset made by tools/preprocess_data.py: its train and valid parts."
     )
     group.add_argument(
@@ -84,8 +95,9 @@ def add_cod_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         help="Show what Megatron prints, instead of filing it in the run directory.",
     )
     group.add_argument("--cod-tokenizer", help="The tokenizer.json that the dataset was made with.")
-    # The monitor finds what is not finite, and names the layer; a run is always saved.
+    # The monitor finds what is not finite, and names the layer; a run is always saved, also when it is told to end.
     parser.set_defaults(rerun_mode="disabled", check_for_nan_in_loss_and_grad=False, save_interval=1000)
+    parser.set_defaults(exit_signal_handler=True)
     if not platform.has_gpu():
         parser.set_defaults(distributed_backend="gloo")
     if not platform.has_transformer_engine():

@@ -72,6 +72,8 @@ def test_numbers_and_lists(tmp_path: Path) -> None:
         ("cod: {depth_control: mixln}", "did you mean 'mix_ln'"),
         ("cod: {depth_control: pre_norm}", "none, layernorm_scaling, scaled_init, mix_ln, deepnorm, sandwich_norm are"),
         ("cod: {mix_ln_share: 0}", "0 is given, more than 0 and at most 1 is accepted"),
+        ("cod: {skip_non_finite: -1}", "-1 is given, 0 or more is accepted"),
+        ("cod: {profile: nsight}", "'torch', 'nsys', 'dlprof'"),
         ("position_embedding_type: rop", "rop"),
     ],
 )

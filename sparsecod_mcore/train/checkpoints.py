@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
 
 from sparsecod_mcore.errors import UserError
@@ -36,15 +37,28 @@ def tracked(directory: Path) -> str:
 def finished_iterations(directory: Path) -> list[int]:
     """Iterations whose save was finished, newest first; what was being written when a run died is left out.
 
-    Megatron writes the tracker last, so a folder newer than it is unfinished. A tracker that is itself damaged (its
-    write is not atomic) says nothing; then Megatron's ``metadata.json``, written after the tensors, must be there.
+    Megatron writes the tracker last, so a folder newer than it is unfinished. A tracker that is damaged (its write is
+    not atomic) or names what is not there says nothing; then ``metadata.json``, which Megatron writes whole after all
+    tensors, must be there.
     """
     found = (path.name.removeprefix("iter_") for path in directory.glob("iter_*") if path.is_dir())
     iterations = sorted(map(int, filter(str.isdigit, found)), reverse=True)
     latest = tracked(directory)
-    if latest.isdigit():
+    if latest.isdigit() and int(latest) in iterations:
         return [iteration for iteration in iterations if iteration <= int(latest)]
-    return [i for i in iterations if (iteration_directory(directory, i) / "metadata.json").exists()]
+    return [i for i in iterations if _missing_metadata(iteration_directory(directory, i)) is None]
+
+
+def _missing_metadata(checkpoint: Path) -> str | None:
+    """What is wrong with ``metadata.json``, which says that the tensors are all there, or None."""
+    path = checkpoint / CONFIG_FNAME
+    try:
+        json.loads(path.read_text())
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except (OSError, ValueError):
+        return f"{path} is not readable"
+    return None
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -78,8 +92,8 @@ def _changed_file(checkpoint: Path) -> str | None:
 
 
 def _cut_file(checkpoint: Path) -> str | None:
-    if not (checkpoint / "metadata.json").exists():
-        return f"{checkpoint / 'metadata.json'} is missing"
+    if missing := _missing_metadata(checkpoint):
+        return missing
     try:
         metadata = read_metadata(checkpoint)
     except UserError as error:
@@ -106,7 +120,8 @@ def newest_whole(directory: Path) -> Choice:
         if found is None:
             return Choice(iteration, first_damage)
         first_damage = first_damage or found
-    return Choice(None, first_damage)
+    # Without a tracker no save was ever finished: there is nothing to lose by starting anew.
+    return Choice(None, first_damage if (directory / TRACKER).exists() else None)
 
 
 def agree_on_newest_whole(directory: Path) -> Choice:

@@ -17,21 +17,19 @@ import torch.distributed as dist
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.training import get_tensorboard_writer, get_wandb_writer, training
 
+from sparsecod_mcore.cluster import heartbeat
 from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.monitor.dimensions import DimensionSink
 from sparsecod_mcore.monitor.monitor import Monitor
 from sparsecod_mcore.monitor.parquet import ParquetSink
 from sparsecod_mcore.monitor.sinks import Sink, TensorBoardSink, WandbSink
-from sparsecod_mcore.monitor.statistics import LayerStatistics, first_non_finite
-from sparsecod_mcore.train import checkpoints
+from sparsecod_mcore.monitor.statistics import LayerStatistics
+from sparsecod_mcore.train import checkpoints, profiling
+from sparsecod_mcore.train.divergence import Divergence
 from sparsecod_mcore.train.hardware import peak_flops
 from sparsecod_mcore.train.output import Say
 from sparsecod_mcore.train.progress import RunLog, Throughput, last_layer_variance, training_line
 from sparsecod_mcore.train.run_directory import RunDirectory
-
-
-class TrainingDiverged(RuntimeError):
-    """Loss or gradients stopped being finite numbers; the message says where it began."""
 
 
 class TrainingHooks:
@@ -47,6 +45,7 @@ class TrainingHooks:
         self.evaluated_at: int | None = None
         self.validation_loss: torch.Tensor | None = None
         self.throughput: Throughput | None = None
+        self.divergence = Divergence(args.cod_skip_non_finite)
 
     def install(self) -> None:
         """Stand around the parts of Megatron's loop, once per process."""
@@ -57,6 +56,8 @@ class TrainingHooks:
             self.evaluate,
             self.evaluate_and_print_results,
             self.save_checkpoint_and_time,
+            self.checkpoint_and_decide_exit,
+            self.post_training_step_callbacks,
         ):
             original = getattr(training, hook.__name__)
             setattr(training, hook.__name__, functools.partial(hook, original))
@@ -108,6 +109,8 @@ class TrainingHooks:
         # Iterations that Megatron was told to skip are not logged; single dimensions have room for one step.
         if self.monitor.must_collect_before(iteration + 1):
             self.collect(iteration)
+        heartbeat.beat()
+        self.divergence.guard(args[3])  # the optimizer
         batch_size = get_current_global_batch_size()
         self.monitor.begin_step(iteration + 1)
         result = original(*args, iteration=iteration, **kwargs)
@@ -140,11 +143,18 @@ class TrainingHooks:
             tokens = self.args.consumed_train_samples * self.args.seq_length
             step = {"iteration": iteration, "tokens": tokens, "loss": loss_dict.get("lm loss")}
             self.pending.append(step | {"learning_rate": learning_rate, "grad_norm": grad_norm})
-        # A loss scaler skips steps whose gradients overflow; their loss must be finite all the same.
-        if not self._is_finite(loss_dict, None if skipped_iter else grad_norm):
-            self._stop_diverged(iteration, self.collect(iteration))
-        if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
-            self.collect(iteration, show=True)
+        if not self.divergence.judge(loss_dict, grad_norm, overflowed=bool(skipped_iter)):
+            collected = self.collect(iteration)
+            self.finish()
+            raise self.divergence.stopped(iteration, collected.get(iteration, {}))
+        skipping = self.divergence.skipping
+        show = iteration % self.args.log_interval == 0 or iteration == self.args.train_iters
+        if skipping and self.writes:
+            self.pending[-1]["skipped"] = True
+        if skipping or show:
+            collected = self.collect(iteration, show=show)
+            if skipping and self.writes:
+                self.say(self.divergence.skipped(iteration, collected.get(iteration, {})))
         return result
 
     def collect(self, iteration: int, *, show: bool = False) -> dict[int, LayerStatistics]:
@@ -162,34 +172,6 @@ class TrainingHooks:
                 self.log.append(step)
             self.pending.clear()
         return collected
-
-    def _is_finite(self, loss_dict: dict[str, torch.Tensor], grad_norm: float | None) -> bool:
-        """Whether the step's gradients are finite. A loss that is not makes their norm so, on every rank alike."""
-        if grad_norm is not None:
-            return math.isfinite(grad_norm)
-        loss = loss_dict.get("lm loss")  # where there is no norm, the last stage must tell
-        bad = torch.zeros(1, device=torch.cuda.current_device())
-        if loss is not None:
-            bad += (~torch.isfinite(loss)).float().sum()
-        dist.all_reduce(bad)
-        return bad.item() == 0
-
-    def _stop_diverged(self, iteration: int, collected: dict[int, LayerStatistics]) -> None:
-        self.finish()
-        statistics = collected.get(iteration, {})
-        measured = ("layer_output", "non_finite") in statistics  # a step may have been probed only
-        where = first_non_finite(statistics) if measured else None
-        if where is not None:
-            layer, stream, count = where
-            place = f"non-finite values first appear in layer {layer}, stream {stream} ({count} of them)"
-        elif measured:
-            place = "every layer's output is finite, so it began in the output layer, the loss or the backward pass"
-        else:
-            place = "this step was not measured; cod.stats_interval 1 names the layer"
-        raise TrainingDiverged(
-            f"loss or gradients are not finite at iteration {iteration}: {place}. "
-            f"Nothing was saved of this step; the same command goes on from the last checkpoint"
-        )
 
     def evaluate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Keep the validation loss that Megatron would only print."""
@@ -242,6 +224,28 @@ class TrainingHooks:
         began = time.perf_counter()
         original(iteration, *args, **kwargs)
         self._not_training(began)
+
+    def checkpoint_and_decide_exit(
+        self, original: Callable[..., Any], model: Any, optimizer: Any, scheduler: Any, iteration: int, *args: Any
+    ) -> bool:
+        """Tell that Megatron ends the run early: on a signal, after a time, or at an iteration."""
+        stops: bool = original(model, optimizer, scheduler, iteration, *args)
+        if stops and self.writes:
+            self.say(f"stopped at step {iteration}, as asked, and saved; the same command goes on from here")
+        return stops
+
+    def post_training_step_callbacks(
+        self, original: Callable[..., Any], model: Any, optimizer: Any, scheduler: Any, iteration: int, profiler: Any,
+        *args: Any,
+    ) -> Any:  # fmt: skip
+        """Show what torch's profiler found, when Megatron has stopped it."""
+        result = original(model, optimizer, scheduler, iteration, profiler, *args)
+        if self.args.cod_profile == "torch" and profiler is not None and iteration == self.args.profile_step_end:
+            path = self.run.path / "torch_profile" / f"rank-{dist.get_rank()}.txt"  # beside Megatron's trace
+            table = profiling.keep_summary(profiling.kernels_of_torch(profiler), path)
+            if self.writes:
+                self.say(f"{table}\nkept in {path}, with the trace for chrome://tracing beside it")
+        return result
 
     def _not_training(self, began: float) -> None:
         if self.throughput is not None:

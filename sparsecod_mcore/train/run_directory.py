@@ -19,6 +19,8 @@ FREE_TO_CHANGE = (
     "cod.kurtosis_interval",
     "cod.jacobian_*",
     "cod.verbose",
+    "cod.skip_non_finite",
+    "cod.profile",
     "micro_batch_size",
     "num_workers",
     "distributed_backend",
@@ -59,7 +61,7 @@ FREE_TO_CHANGE = (
     "use_distributed_optimizer",
     "*_parallel_size",
     "*_parallel_degree",
-    "distributed_timeout_minutes",
+    "distributed_timeout_*",
 )
 
 

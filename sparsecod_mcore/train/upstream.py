@@ -1,4 +1,4 @@
-"""Mends of Megatron 0.19.2 that also bite on a GPU where neither Transformer Engine nor Apex is installed."""
+"""Mends of Megatron 0.19.2 that GPUs need as well, some of them where neither Transformer Engine nor Apex is."""
 
 import functools
 from pathlib import Path
@@ -59,8 +59,21 @@ def resume_torch_adamw_in_distributed_optimizer() -> None:
     optimizer_class._set_main_param_and_optimizer_states = set_states_without_step
 
 
+def ask_at_once_for_signals() -> None:
+    """Upstream gathers a number from every rank in every step, and copies each to the host by itself."""
+    from megatron.training.dist_signal_handler import DistributedSignalHandler
+
+    def signals_received(self: Any) -> list[bool]:
+        received = torch.tensor([int(self._signal_received)], device=torch.cuda.current_device())
+        torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
+        return [bool(received.item())]
+
+    DistributedSignalHandler.signals_received = signals_received
+
+
 @functools.cache
 def mend() -> None:
     """Apply every mend once; call after `sparsecod_mcore.platform.prepare`."""
     use_prebuilt_index_helpers()
     resume_torch_adamw_in_distributed_optimizer()
+    ask_at_once_for_signals()

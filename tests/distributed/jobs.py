@@ -116,9 +116,12 @@ def command(run: Path, config: Path, data: "Data", *flags: object, processes: in
     return [*launcher, *program, *map(str, [*arguments, data.tokenizer, *flags])]
 
 
-def environment(wandb: bool = False) -> dict[str, str]:
-    """One thread a process, so that sums inside one do not depend on how many share the machine."""
-    hidden = [] if wandb else [str(Path(__file__).parent / "without_wandb")]
+def environment(wandb: str = "without_wandb") -> dict[str, str]:
+    """One thread a process, so that sums inside one do not depend on how many share the machine.
+
+    `wandb` is the folder here of what stands in for W&B; "" for W&B itself.
+    """
+    hidden = [str(Path(__file__).parent / wandb)] if wandb else []
     paths = os.pathsep.join([*hidden, str(REPOSITORY)])
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "WANDB_MODE": "offline"}
 
@@ -130,7 +133,7 @@ def train(
     *flags: object,
     processes: int = 1,
     ok: bool = True,
-    wandb: bool = False,
+    wandb: str = "without_wandb",
 ) -> Job:
     """Run a training job to its end."""
     done = subprocess.run(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -46,6 +47,33 @@ def test_kill_9_then_the_same_command(tmp_path: Path, uninterrupted: Job, dense_
     assert iterations == list(range(1, 15))
     validated = [record["iteration"] for record in resumed.records() if "validation_loss" in record]
     assert validated == [4, 8, 12, 14]
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(
+    tmp_path: Path, uninterrupted: Job, dense_config: Path, data: Data
+) -> None:
+    """As a scheduler stops a container: the signal goes to the entry point, which started torchrun."""
+    run = tmp_path / "run"
+    words = command(run, dense_config, data, *FLAGS)
+    launch = [words[0], "-m", "sparsecod_mcore.cluster.launch", *words[1:]]
+    env = environment() | {"SPARSECOD_PROCESSES_PER_NODE": "1", "SPARSECOD_HEARTBEAT": str(tmp_path / "heartbeat")}
+    job = subprocess.Popen(launch, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert job.stdout is not None
+    said = ""
+    for line in job.stdout:
+        said += line
+        if line.startswith("step  3/"):
+            job.send_signal(signal.SIGTERM)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 0, errors[-3000:]
+    stopped = re.search(r"^stopped at step (\d+), as asked, and saved; the same command goes on from here$", said, re.M)
+    assert stopped is not None and 3 <= int(stopped[1]) < 8, said
+    tracker = run / "checkpoints" / "latest_checkpointed_iteration.txt"
+    assert tracker.read_text() == stopped[1]
+    assert time.time() - (tmp_path / "heartbeat").stat().st_mtime < 60
+    resumed = train(run, dense_config, data, *FLAGS)
+    assert resumed.losses() == uninterrupted.losses()
+    assert resumed.statistics() == uninterrupted.statistics()
 
 
 def test_distributed_optimizer_resumes(tmp_path: Path, dense_config: Path, data: Data) -> None:

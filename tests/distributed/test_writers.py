@@ -1,5 +1,7 @@
 """TensorBoard and W&B get the curves, and validation perplexity the log."""
 
+import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ pytestmark = pytest.mark.distributed
 
 def test_tensorboard_and_wandb(tmp_path: Path, dense_config: Path, data: Data) -> None:
     flags = ("--wandb-project", "tests", "--wandb-exp-name", "writers", "--full-validation", "--log-interval", 2)
-    job = train(tmp_path, dense_config, data, *flags, wandb=True)
+    job = train(tmp_path, dense_config, data, *flags, wandb="")
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     statistics = job.statistics()
@@ -43,3 +45,18 @@ def test_log(tmp_path: Path, dense_config: Path, data: Data) -> None:
     validations = [record for record in job.records() if "validation_loss" in record]
     assert [record["iteration"] for record in validations] == [3, 6]
     assert "validation at step 6: loss" in job.output and "MFU n/a" in job.output
+
+
+def test_profile(tmp_path: Path, dense_config: Path, data: Data) -> None:
+    """torch's profiler sees ranges named by layer and sub-module, and its summary what the statistics take."""
+    flags = ("--cod-profile", "torch", "--profile-step-start", 3, "--profile-step-end", 5)
+    job = train(tmp_path, dense_config, data, *flags)
+    [summary] = [line for line in job.output.splitlines() if line.endswith("in this project's statistics")]
+    share = float(summary.split("all, ")[1].split("%")[0])
+    assert 0 < share < 100
+    table = (tmp_path / "torch_profile" / "rank-0.txt").read_text()
+    assert summary in table and "aten::" in table
+    with gzip.open(tmp_path / "torch_profile" / "rank-0.json.gz", "rt") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"layer_000", "layer_003/self_attention", "layer_002/mlp.linear_fc1"} <= names
+    assert any(str(name).startswith("sparsecod::residual_add_moments") for name in names)
