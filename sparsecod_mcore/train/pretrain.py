@@ -78,7 +78,7 @@ def pretrain(argv: Sequence[str]) -> None:
     input_checks.check_data(args)
     run.check(settings)
     with megatron_output(run.path, args.rank, verbose=args.cod_verbose) as say:
-        _validate(args)
+        validate(args)
         if args.rank == 0:
             run.claim(settings)
         upstream.mend()
@@ -103,7 +103,7 @@ def _prefer_own_checkpoint(args: Namespace) -> None:
         args.finetune = args.no_load_optim = args.no_load_rng = False
 
 
-def _validate(args: Namespace) -> None:
+def validate(args: Namespace) -> None:
     """Megatron's own validation, whose refusals are the user's to mend."""
     if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
         # One hardware queue keeps collectives ahead of the matmuls that are to hide them; Megatron insists on it.
