@@ -75,7 +75,8 @@ def run_task(
     """Train and score one run, go on with it if it was interrupted, and record its outcome."""
     folder = sweep.out / task.name
     log = folder / "output.log"
-    threads = max(1, len(os.sched_getaffinity(0)) // (1 if on_slurm else sweep.at_once * sweep.processes))
+    sharing = sweep.slurm.gpus_per_node if on_slurm else sweep.at_once * sweep.processes
+    threads = max(1, len(os.sched_getaffinity(0)) // sharing)
     outcome: dict[str, Any] = {"fingerprint": _fingerprint(sweep, task)}
     began = time.monotonic()
     try:

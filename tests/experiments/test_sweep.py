@@ -188,7 +188,9 @@ def test_a_task_that_is_not_there_is_refused(path: Path) -> None:
         select(tasks_of(read_sweep(path)), 12)
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "examples" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "examples" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_shipped_sweeps_name_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     tasks = tasks_of(read_sweep(path))
