@@ -10,8 +10,9 @@ from sparsecod_mcore.errors import command_line
 
 platform.prepare()  # before anything imports Megatron
 
-from sparsecod_mcore.experiments.questions import QUESTIONS, SEEDS, size_of  # noqa: E402
+from sparsecod_mcore.experiments.questions import QUESTIONS  # noqa: E402
 from sparsecod_mcore.experiments.reproduce import reproduce  # noqa: E402
+from sparsecod_mcore.experiments.sizes import SEEDS, size_of  # noqa: E402
 
 
 @command_line

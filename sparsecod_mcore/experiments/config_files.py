@@ -9,8 +9,9 @@ import yaml
 from sparsecod_mcore.data.atomic import make_folder, write_atomically
 from sparsecod_mcore.experiments.amounts import in_words
 from sparsecod_mcore.experiments.paper import PAPER_RUNS
-from sparsecod_mcore.experiments.questions import SIZES, runs_of
+from sparsecod_mcore.experiments.questions import runs_of
 from sparsecod_mcore.experiments.runs import Run, settings_of
+from sparsecod_mcore.experiments.sizes import SIZES
 from sparsecod_mcore.train.run_directory import nest
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
@@ -30,7 +31,7 @@ def all_files() -> Iterator[tuple[Path, str]]:
     """Every file that is written from a table, and its content."""
     yield from _files("paper", "paper", PAPER_RUNS)
     for size in SIZES.values():
-        yield from _files(size.name, "questions", runs_of(size))
+        yield from _files(size.name, "sizes", runs_of(size))
 
 
 def _files(folder: str, table: str, runs: Iterable[Run]) -> Iterator[tuple[Path, str]]:

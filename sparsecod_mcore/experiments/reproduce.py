@@ -10,8 +10,9 @@ from sparsecod_mcore.data.prepare import fingerprint, prepare
 from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.experiments.collect import collect
 from sparsecod_mcore.experiments.findings import Answer, answer_of, save_answers
-from sparsecod_mcore.experiments.questions import SEEDS, Question, Size, question_of, runs_of
+from sparsecod_mcore.experiments.questions import Question, question_of, runs_of
 from sparsecod_mcore.experiments.runs import Run, settings_of
+from sparsecod_mcore.experiments.sizes import SEEDS, Size
 from sparsecod_mcore.experiments.sweep import run_tasks
 from sparsecod_mcore.experiments.sweep_file import Scoring, Sweep, Task, varied_tasks
 

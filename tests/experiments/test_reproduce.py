@@ -11,8 +11,8 @@ from sparsecod_mcore import platform
 platform.prepare()
 
 from sparsecod_mcore.errors import UserError  # noqa: E402
-from sparsecod_mcore.experiments.questions import MICRO, SMALL  # noqa: E402
 from sparsecod_mcore.experiments.reproduce import reproduce  # noqa: E402
+from sparsecod_mcore.experiments.sizes import MICRO, SMALL  # noqa: E402
 
 TINY = replace(
     MICRO, name="tiny", layers=2, hidden=16, ffn=32, heads=2, kv_heads=(2, 1, 1), expert_ffn=16, experts=4,

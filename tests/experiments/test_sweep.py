@@ -7,14 +7,18 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from sparsecod_mcore.errors import UserError
-from sparsecod_mcore.experiments import sweep as sweeping
-from sparsecod_mcore.experiments.collect import best_rates, collect, summary
-from sparsecod_mcore.experiments.launch import scoring_command, training_command
-from sparsecod_mcore.experiments.slurm import submit
-from sparsecod_mcore.experiments.sweep import is_complete, run_tasks, select
-from sparsecod_mcore.experiments.sweep_file import Sweep, Task, read_sweep, tasks_of
-from tests.conftest import REPOSITORY
+from sparsecod_mcore import platform
+
+platform.prepare()
+
+from sparsecod_mcore.errors import UserError  # noqa: E402
+from sparsecod_mcore.experiments import sweep as sweeping  # noqa: E402
+from sparsecod_mcore.experiments.collect import best_rates, collect, summary  # noqa: E402
+from sparsecod_mcore.experiments.launch import scoring_command, training_command  # noqa: E402
+from sparsecod_mcore.experiments.slurm import submit  # noqa: E402
+from sparsecod_mcore.experiments.sweep import is_complete, run_tasks, select  # noqa: E402
+from sparsecod_mcore.experiments.sweep_file import Sweep, Task, read_sweep, tasks_of  # noqa: E402
+from tests.conftest import REPOSITORY  # noqa: E402
 
 PRETEND = Path(__file__).parent / "pretend_training.py"
 SWEEP = """

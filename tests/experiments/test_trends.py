@@ -7,7 +7,8 @@ import pytest
 from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.experiments.findings import answer_of, save_answers, table_of
 from sparsecod_mcore.experiments.measures import MEASURES
-from sparsecod_mcore.experiments.questions import QUESTIONS, SIZES, Trend, question_of, size_of
+from sparsecod_mcore.experiments.questions import QUESTIONS, Trend, question_of
+from sparsecod_mcore.experiments.sizes import SIZES, size_of
 from sparsecod_mcore.experiments.trends import judge
 
 FALLS = Trend("last_layer_variance", "falls", "falls")
