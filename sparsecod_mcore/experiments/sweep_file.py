@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from sparsecod_mcore.config import read_config
+from sparsecod_mcore.config import ConfigLoader, read_config
 from sparsecod_mcore.errors import UserError, nearest
 
 LEARNING_RATE = "lr"
@@ -76,7 +76,7 @@ def read_sweep(path: Path) -> Sweep:
     Raises `UserError` if it is no sweep: for unknown keys with the nearest, for patterns that match no file.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), Loader=ConfigLoader)
     except OSError as error:
         raise UserError(f"cannot read the sweep {path}: {error.strerror}") from error
     except yaml.YAMLError as error:

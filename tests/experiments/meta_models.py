@@ -1,5 +1,6 @@
 """Models without memory: built on the meta device from a configuration's validated arguments."""
 
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -24,5 +25,7 @@ class _OnMeta(TorchFunctionMode):
 def build_on_meta(args: Namespace) -> torch.nn.Module:
     """The whole model, as one process would hold it."""
     parallel.initialise(1, 1)
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(name, None)  # where Megatron keeps the attention backend of a process's one model
     with _OnMeta():
         return build_model(evaluation_arguments(vars(args), torch.bfloat16))

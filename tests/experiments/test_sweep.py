@@ -26,7 +26,7 @@ out: {out}
 data: data/text
 tokenizer: tokenizer.json
 configs: {configs}/*.yaml
-grid: {{lr: [0.01, 0.02, 0.05], cod: {{stats_interval: [5]}}}}
+grid: {{lr: [1e-2, 0.02, 0.05], cod: {{stats_interval: [5]}}}}
 seeds: [1, 2]
 set: {{train_iters: 10}}
 score: false
@@ -173,7 +173,7 @@ def test_slurm_gets_an_array_of_what_is_left(
         ("gpus_per_node", "gpus_a_node", "'gpus_a_node' is no key of slurm (did you mean 'gpus_per_node'?)"),
         ("tokenizer: tokenizer.json\n", "", "lacks tokenizer"),
         ("/*.yaml", "/*.yml", "configs: no file matches"),
-        ("[0.01, 0.02, 0.05]", "0.01", "grid: lr must be a list of values"),
+        ("[1e-2, 0.02, 0.05]", "0.01", "grid: lr must be a list of values"),
         ("at_once: 2\n", "at_once: 0\n", "at_once must be 1 or more"),
         ("set: {train_iters: 10}", "set: 5", "set must be a mapping"),
         ("score: false", "score: {sequence: 4}", "'sequence' is no key of score (did you mean 'sequences'?)"),
