@@ -10,12 +10,12 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from sparsecod_mcore.data.atomic import make_folder, write_atomically
-from sparsecod_mcore.experiments.questions import Question
+from sparsecod_mcore.experiments.questions import QUESTIONS, Question
 from sparsecod_mcore.experiments.trends import SIGNIFICANT, BySeed, Finding, judge
 from sparsecod_mcore.report.style import STYLE, save
 
 _LOGARITHMIC = 20.0  # a measure whose largest mean is that many times the smallest is drawn on a logarithmic axis
-_LEGEND = (
+LEGEND = (
     f"yes: the published direction, p < {SIGNIFICANT}; no: the opposite, p < {SIGNIFICANT}; otherwise the seeds do not "
     "tell. p is of each comparison alone: of twenty without any difference, one falls below."
 )
@@ -71,15 +71,17 @@ def _spread(sample: Sequence[float]) -> str:
     return f"{fmean(sample):.4g} ± {stdev(sample):.2g}" if len(sample) > 1 else f"{sample[0]:.4g}"
 
 
-def save_answers(answers: Sequence[Answer], folder: Path) -> None:
-    """Print the last answer, and write all to report.md with a figure to each."""
+def save_answer(answer: Answer, title: str, folder: Path) -> Path:
+    """Write an answer with its figure, and report.md, which is all answers of `folder` in the questions' order."""
     make_folder(folder)
-    print(f"\n{table_of(answers[-1])}\n\n{_LEGEND}", flush=True)
-    _figure(answers[-1], folder / answers[-1].question.name)
-    parts = [f"{table_of(answer)}\n\n![{answer.question.name}]({answer.question.name}.png)" for answer in answers]
-    text = "\n\n".join([*parts, _LEGEND])
-    write_atomically(folder / "report.md", f"{text}\n".encode())
-    print(f"{folder / 'report.md'}", flush=True)
+    name = answer.question.name
+    _figure(answer, folder / name)
+    write_atomically(folder / f"{name}.md", f"{table_of(answer)}\n\n![{name}]({name}.png)\n".encode())
+    parts = [folder / f"{other}.md" for other in QUESTIONS if (folder / f"{other}.md").exists()]
+    report = folder / "report.md"
+    text = "\n".join([f"# {title}\n\n{LEGEND}\n", *(part.read_text() for part in parts)])
+    write_atomically(report, text.encode())
+    return report
 
 
 def _figure(answer: Answer, stem: Path) -> None:

@@ -9,7 +9,7 @@ from sparsecod_mcore.data import Corpus, DocstringCorpus, FileCorpus
 from sparsecod_mcore.data.prepare import fingerprint, prepare
 from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.experiments.collect import collect
-from sparsecod_mcore.experiments.findings import Answer, answer_of, save_answers
+from sparsecod_mcore.experiments.findings import LEGEND, Answer, answer_of, save_answer, table_of
 from sparsecod_mcore.experiments.questions import Question, question_of, runs_of
 from sparsecod_mcore.experiments.runs import Run, settings_of
 from sparsecod_mcore.experiments.sizes import SEEDS, Size
@@ -44,8 +44,14 @@ def reproduce(
         tasks = {label: _tasks(run, size, seeds) for label, run in question.runs.items()}
         run_tasks(sweep, [task for group in tasks.values() for task in group])
         answers.append(_answer(question, sweep, tasks))
-        save_answers(answers, folder / "report")
+        report = save_answer(answers[-1], _title(size, seeds), folder / "report")
+        print(f"\n{table_of(answers[-1])}\n\n{LEGEND}\n{report}", flush=True)
     return answers
+
+
+def _title(size: Size, seeds: Sequence[int]) -> str:
+    of_seeds = ", ".join(map(str, seeds))
+    return f"The paper's questions at size {size.name} (make reproduce SIZE={size.name}), seeds {of_seeds}"
 
 
 def _sweep(question: Question, size: Size, folder: Path, data: Path, tokenizer: Path) -> Sweep:

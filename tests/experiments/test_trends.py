@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sparsecod_mcore.errors import UserError
-from sparsecod_mcore.experiments.findings import answer_of, save_answers, table_of
+from sparsecod_mcore.experiments.findings import answer_of, save_answer, table_of
 from sparsecod_mcore.experiments.measures import MEASURES
 from sparsecod_mcore.experiments.questions import QUESTIONS, Trend, question_of
 from sparsecod_mcore.experiments.sizes import SIZES, size_of
@@ -65,20 +65,20 @@ def test_unknown_names_are_refused() -> None:
         question_of("weightdecay", SIZES["micro"])
 
 
-def test_the_report_says_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_says_what_was_found(tmp_path: Path) -> None:
     question = question_of("mixture_of_experts", SIZES["micro"])
-    measures = {trend.measure for trend in question.trends}
+    nothing = dict.fromkeys(MEASURES, None)
     rows = {
-        label: [
-            dict.fromkeys(measures, None) | {"last_layer_variance": base + seed, "perplexity": 20.0}
-            for seed in range(3)
-        ]
+        label: [nothing | {"last_layer_variance": base + seed, "perplexity": 20.0} for seed in range(3)]
         for label, base in (("dense", 50.0), ("MoE", 5.0))
     }
+    unmeasured = {label: [nothing] for label in ("4", "8", "16")}
     answer = answer_of(question, rows)
-    save_answers([answer], tmp_path)
-    report = (tmp_path / "report.md").read_text()
-    assert table_of(answer) in report and table_of(answer) in capsys.readouterr().out
+    report = save_answer(answer, "At size micro", tmp_path).read_text()
+    save_answer(answer_of(question_of("depth_control", SIZES["micro"]), unmeasured), "At size micro", tmp_path)
+    assert report.startswith("# At size micro") and table_of(answer) in report
+    both = (tmp_path / "report.md").read_text()
+    assert both.index("## depth_control") < both.index("## mixture_of_experts")
     assert "| dense | 51 ± 1 | 20 ± 0 | n/a | n/a | n/a |" in report
     assert "| last_layer_variance | falls: to a third (1B active), to a sixth (400M active) | falls |" in report
     assert "| causal | rises: 0.31 → 0.34 | no number at dense, MoE |  | not measured |" in report
