@@ -1,6 +1,5 @@
 """The demo: from text to a trained model, its variance pictured and its layers scored, on any machine without data."""
 
-import hashlib
 import json
 import os
 import shlex
@@ -11,15 +10,8 @@ from pathlib import Path
 import yaml
 
 from sparsecod_mcore import platform
-from sparsecod_mcore.data import (
-    Corpus,
-    DocstringCorpus,
-    FileCorpus,
-    preprocess,
-    save_corpus,
-    train_tokenizer,
-    unigram_perplexity,
-)
+from sparsecod_mcore.data import Corpus, DocstringCorpus, FileCorpus, unigram_perplexity
+from sparsecod_mcore.data.prepare import fingerprint, prepare
 from sparsecod_mcore.report.figures import save_variance_figure
 from sparsecod_mcore.report.tables import jacobian_table, variance_table
 from sparsecod_mcore.scoring.provenance import hash_files
@@ -41,26 +33,11 @@ def run_demo(corpus_path: str | None, tokenizer: Path | None) -> None:
     corpus: Corpus = DocstringCorpus() if corpus_path is None else FileCorpus([os.path.abspath(corpus_path)])
     tokenizer = None if tokenizer is None else tokenizer.absolute()
     os.chdir(REPOSITORY)
-    run = Path("runs") / f"demo-{_fingerprint(corpus, tokenizer)}"
-    if corpus_path is None:
-        extracted = run / "data" / "docstrings.jsonl"
-        if not extracted.exists():
-            save_corpus(corpus, extracted)
-        corpus = FileCorpus([str(extracted)])
-    if tokenizer is None:
-        tokenizer = run / "data" / "tokenizer.json"
-        if not tokenizer.exists():
-            train_tokenizer(corpus, tokenizer, VOCABULARY_SIZE)
-    data = run / "data" / "text"
-    preprocess(corpus, data, tokenizer)
+    run = Path("runs") / f"demo-{fingerprint(corpus, tokenizer)}"
+    data, tokenizer = prepare(corpus, run / "data", tokenizer, VOCABULARY_SIZE)
     _train(run, data, tokenizer)
     _show(run, unigram_perplexity(f"{data}_valid"))
     _score(run, data)
-
-
-def _fingerprint(corpus: Corpus, tokenizer: Path | None) -> str:
-    made_from = [corpus.identity(), None if tokenizer is None else str(tokenizer)]
-    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:8]
 
 
 def _train(run: Path, data: Path, tokenizer: Path) -> None:

@@ -86,7 +86,7 @@ def pretrain(argv: Sequence[str]) -> None:
     if (code := profiling.run_under_tool(args, run.path, argv)) is not None:
         sys.exit(code)
     with megatron_output(run.path, args.rank, verbose=args.cod_verbose) as say:
-        _validate(args)
+        validate(args)
         if args.rank == 0:
             run.claim(settings)
         if args.rank == 0 and has_gpu() and (note := hardware.unfused_adam()):
@@ -114,7 +114,7 @@ def _prefer_own_checkpoint(args: Namespace) -> None:
         args.finetune = args.no_load_optim = args.no_load_rng = False
 
 
-def _validate(args: Namespace) -> None:
+def validate(args: Namespace) -> None:
     """Megatron's own validation, whose refusals are the user's to mend."""
     if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
         # One hardware queue keeps collectives ahead of the matmuls that are to hide them; Megatron insists on it.

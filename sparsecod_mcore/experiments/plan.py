@@ -1,0 +1,122 @@
+"""What one configuration takes: parameters, operations, steps, memory, a layout, GPU-hours."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsecod_mcore.errors import UserError
+from sparsecod_mcore.experiments.amounts import in_words
+from sparsecod_mcore.experiments.arguments import planned_arguments
+from sparsecod_mcore.experiments.flops import Flops, count_flops
+from sparsecod_mcore.experiments.gpus import Gpu, gpu_of
+from sparsecod_mcore.experiments.layouts import Layout, layout_of, suggest_layout
+from sparsecod_mcore.experiments.memory import Memory, estimate_memory
+from sparsecod_mcore.experiments.parameters import Parameters, count_parameters
+from sparsecod_mcore.experiments.remarks import remarks_on
+
+_LAYOUT_FLAGS = ("tensor-model", "pipeline-model", "context", "expert-model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a run is planned for; `mfu` is the share of the peak that it is assumed to reach."""
+
+    gpu: Gpu
+    gpus: int
+    mfu: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    path: Path
+    args: Namespace  # validated, at the layout
+    parameters: Parameters
+    flops: Flops
+    machine: Machine
+    layout: Layout
+    memory: Memory
+    given: bool  # whether the layout was given, not suggested
+    remarks: tuple[str, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.args.train_iters * self.args.global_batch_size * self.args.seq_length
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.flops.total / (self.machine.gpu.peak * self.machine.mfu) / 3600
+
+
+def machine_of(kind: str, gpus: int, mfu: float) -> Machine:
+    """Raises `UserError` for what no machine is."""
+    if gpus < 1:
+        raise UserError(f"--gpus {gpus} is given, 1 or more is accepted")
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu {mfu:g} is given, above 0 and up to 1 is accepted")
+    return Machine(gpu=gpu_of(kind), gpus=gpus, mfu=mfu)
+
+
+def make_plan(path: Path, flags: Sequence[str], machine: Machine) -> Plan:
+    """Plan the run of a configuration, overridden by Megatron's `flags`, on a machine.
+
+    Flags that name a parallel size give the layout, micro-batch included; without any, one is suggested and validated.
+    Raises `UserError` for what training would refuse, and where nothing fits.
+    """
+    given = any(f"--{name}-parallel-size" in flag for flag in flags for name in _LAYOUT_FLAGS)
+    if given:
+        args = planned_arguments(path, flags, gpus=machine.gpus)
+    else:
+        layout, _ = suggest_layout(planned_arguments(path, flags), machine.gpus, machine.gpu)
+        args = planned_arguments(path, [*flags, *layout.flags], gpus=machine.gpus)
+    memory = estimate_memory(args)
+    remarks = remarks_on(path, args)
+    if memory.total > machine.gpu.memory:
+        remarks += (f"does not fit: {memory.total / 1e9:.0f} GB of {machine.gpu.memory / 1e9:.0f} GB",)
+    return Plan(
+        path=path,
+        args=args,
+        parameters=count_parameters(args),
+        flops=count_flops(args),
+        machine=machine,
+        layout=layout_of(args),
+        memory=memory,
+        given=given,
+        remarks=remarks,
+    )
+
+
+def describe(plan: Plan) -> str:
+    """The plan as text, a line to a subject, with what does not add up at the end."""
+    args, count, flops, memory, layout = plan.args, plan.parameters, plan.flops, plan.memory, plan.layout
+    parts = {
+        "embedding": count.embedding,
+        "output layer": count.output,
+        "attention": count.attention,
+        "MLP": count.mlp,
+        "shared experts": count.shared_experts,
+        "experts": count.experts,
+        "router": count.router,
+        "norms": count.norms,
+    }
+    sizes = {"TP": layout.tensor, "PP": layout.pipeline, "CP": layout.context, "EP": layout.expert, "DP": layout.data}
+    machine = plan.machine
+    lines = [
+        f"{plan.path}",
+        f"  parameters   {in_words(count.total)}, active {in_words(count.active)}; as published (one embedding): "
+        f"{in_words(count.published_total)}, active {in_words(count.published_active)}",
+        f"               {', '.join(f'{name} {in_words(number, 3)}' for name, number in parts.items() if number)}",
+        f"  FLOPs        {flops.per_token:.3e} per token ({flops.attention_share:.1%} attention at length "
+        f"{args.seq_length}), {flops.total:.3e} in all",
+        f"  tokens       {in_words(plan.tokens)} in {args.train_iters} steps of {args.global_batch_size} x "
+        f"{args.seq_length}",
+        f"  layout       {' '.join(f'{name}{size}' for name, size in sizes.items())}, micro-batch "
+        f"{layout.micro_batch}{', full recomputation' if layout.recompute else ''} "
+        f"({'given' if plan.given else 'suggested'}): {' '.join(layout.flags)}",
+        f"  memory       {memory.total / 1e9:.1f} GB of {machine.gpu.memory / 1e9:.0f} GB a GPU (weights and optimizer "
+        f"{memory.weights_and_optimizer / 1e9:.1f}, activations {memory.activations / 1e9:.1f}; estimated)",
+        f"  time         {plan.gpu_hours:.3g} GPU-hours on {machine.gpu.kind} at {machine.mfu:.0%} MFU: "
+        f"{plan.gpu_hours / machine.gpus:.3g} h on {machine.gpus}",
+        *(f"  ! {remark}" for remark in plan.remarks),
+    ]
+    return "\n".join(lines)
