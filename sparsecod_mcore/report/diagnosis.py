@@ -82,7 +82,8 @@ def _droppable(run: Run) -> Iterator[Advice]:
     linear = "" if scores.usefulness is None else _replaceable(scores.usefulness.scored.relative_loss_increase)
     if cheap:
         title = f"Layer{'s' if len(cheap) > 1 else ''} {_listed(cheap)} could be dropped"
-        text = f"Without {'one of them' if len(cheap) > 1 else 'it'} the loss rises by at most {percent(SMALL_LOSS)}.{linear}"
+        without = "one of them" if len(cheap) > 1 else "it"
+        text = f"Without {without} the loss rises by at most {percent(SMALL_LOSS)}.{linear}"
     else:
         title = "No layer can be dropped for free"
         text = f"The cheapest is layer {order[0]}: without it the loss rises by {percent(increases[order[0]])}.{linear}"
@@ -91,8 +92,8 @@ def _droppable(run: Run) -> Iterator[Advice]:
         title,
         text,
         f"Rise of the loss without the layer, cheapest first: {cheapest}.",
-        f"Measured one layer at a time on {_sample(run)}: dropping several costs more than the sum wherever they stand in "
-        "for each other, so drop the cheapest and score again.",
+        f"Measured one layer at a time on {_sample(run)}: dropping several costs more than the sum wherever they stand "
+        "in for each other, so drop the cheapest and score again.",
     )
 
 
@@ -116,7 +117,7 @@ def _listed(layers: Sequence[int]) -> str:
 def _growth(run: Run) -> Iterator[Advice]:
     """Through what the variance grows."""
     growth = growth_of(run)
-    if growth is None:
+    if growth is None or growth.first <= 0:
         return
     shares = dict(zip(PARTS, growth.shares_P.tolist(), strict=True))
     attention = shares[PARTS[0]] + shares[PARTS[2]]
@@ -133,15 +134,16 @@ def _growth(run: Run) -> Iterator[Advice]:
     yield Advice(
         run.name,
         f"Variance grows {number(growth.last / growth.first)} times over depth, most through {most}",
-        f"Of the growth {percent(attention)} comes with the adds of attention and {percent(1 - attention)} with those of "
-        f"the MLPs. {_meaning(aligned)} Layer {steepest} adds most, {percent(float(layers_PL[steepest]))}.",
+        f"Of the growth {percent(attention)} comes with the adds of attention and {percent(1 - attention)} with those "
+        f"of the MLPs. {_meaning(aligned)} Layer {steepest} adds most, {percent(float(layers_PL[steepest]))}.",
         "Shares: "
         + "; ".join(
             f"{name} {percent(share)} ± {percent(scatter)}"
             for (name, share), scatter in zip(shares.items(), growth.scatter_P.tolist(), strict=True)
         )
         + f"; variance {number(growth.first)} at the embedding, {number(growth.last)} after the last layer.",
-        "± is the scatter between the last tenth of the measured steps, each a batch of its own; it says nothing of other seeds.",
+        "± is the scatter between the last tenth of the measured steps, each a batch of its own; it says nothing of "
+        "other seeds.",
     )
 
 
@@ -166,17 +168,15 @@ def _identity(run: Run) -> Iterator[Advice]:
     if scores.usefulness is not None:
         wasted = [at for at in near if scores.usefulness.scored.relative_loss_increase[at] <= USEFUL_INCREASE]
     found = ", ".join(f"layer {at}: {number(float(deviation_L[at]))}" for at in near)
-    agree = f" Of these a linear map replaces {_listed(wasted)}." if wasted else ""
+    agree = f" A linear map replaces {_listed(wasted)}." if wasted else ""
+    several = len(near) > 1
     yield Advice(
         run.name,
-        f"Layer{'s' if len(near) > 1 else ''} {_listed(near)} hardly change{'' if len(near) > 1 else 's'} their input"
-        if len(near) > 1
-        else f"Layer {near[0]} hardly changes its input",
-        f"Their distance from the identity is less than half of the median layer's.{agree}"
-        if len(near) > 1
-        else f"Its distance from the identity is less than half of the median layer's.{agree}",
+        f"Layers {_listed(near)} hardly change their input" if several else f"Layer {near[0]} hardly changes its input",
+        f"{'Their' if several else 'Its'} distance from the identity is less than half of the median layer's.{agree}",
         f"‖J̄ − I‖ / D: {found}; the median is {number(float(np.median(deviation_L)))}.",
-        f"Averaged over {scores.jacobian.sequences} sequences; an average over tokens hides layers that act on few of them.",
+        f"Averaged over {scores.jacobian.sequences} sequences; an average over tokens hides layers that act on few "
+        "of them.",
     )
 
 

@@ -32,8 +32,8 @@ def _experts(config: Mapping[str, Any]) -> Ingredient | None:
     return Ingredient(
         "a mixture of experts of the same active parameters",
         "Each token passes through a few of many MLPs, so their outputs are sparser and add less variance.",
-        "Dense-1B to MoE-7BA1B took last-layer variance to about a third, perplexity from 14.52 to 13.82 and usefulness "
-        "from 0.81 to 0.94 (table 5)",
+        "Dense-1B to MoE-7BA1B took last-layer variance to about a third, perplexity from 14.52 to 13.82 and "
+        "usefulness from 0.81 to 0.94 (table 5)",
         0.94 - 0.81,
     )
 
@@ -52,8 +52,8 @@ def _weight_decay(config: Mapping[str, Any]) -> Ingredient | None:
     return Ingredient(
         f"more weight decay ({BEST_WEIGHT_DECAY} instead of {decay:g})",
         "Smaller weights write less into the stream, which bounds how its variance grows.",
-        "0.1 instead of 0.0 took perplexity from 15.63 to 14.83, the causal score from 0.25 to 0.31 and usefulness from "
-        "0.75 to 0.81 (table 2)",
+        "0.1 instead of 0.0 took perplexity from 15.63 to 14.83, the causal score from 0.25 to 0.31 and usefulness "
+        "from 0.75 to 0.81 (table 2)",
         0.81 - 0.75,
     )
 
@@ -72,8 +72,8 @@ def _length(config: Mapping[str, Any]) -> Ingredient | None:
     return Ingredient(
         f"longer sequences (2 to 4 times {length})",
         "Attention over more tokens is sparser, and averages more of its noise away.",
-        "2048 instead of 512 took perplexity from 15.71 to 14.51, the causal score from 0.25 to 0.30 and usefulness from "
-        "0.75 to 0.81 (table 3)",
+        "2048 instead of 512 took perplexity from 15.71 to 14.51, the causal score from 0.25 to 0.30 and usefulness "
+        "from 0.75 to 0.81 (table 3)",
         0.81 - 0.75,
     )
 
@@ -87,7 +87,7 @@ def _queries(config: Mapping[str, Any]) -> Ingredient | None:
     return Ingredient(
         "grouped queries (4 to a key-value head)",
         "Heads that share keys and values write fewer independent values into the stream.",
-        "4 queries to a key-value head took the permutation score from 0.51 to 0.57 and usefulness from 0.81 to 0.87, at "
-        "about the same perplexity (table 4)",
+        "4 queries to a key-value head took the permutation score from 0.51 to 0.57 and usefulness from 0.81 to 0.87, "
+        "at about the same perplexity (table 4)",
         0.87 - 0.81,
     )

@@ -1,4 +1,4 @@
-"""A run in the terminal while it trains: curves, variance by layer, time left. Reads files only; plain text over ssh."""
+"""A run in the terminal while it trains: curves, variance by layer, time left, all from the files that it leaves."""
 
 import math
 import time

@@ -21,9 +21,10 @@ from sparsecod_mcore.report.page.scales import Scale, layer_ticks, number
 from sparsecod_mcore.report.style import EVEN_COLOURS
 
 DIVERGING_COLOURS = mpl.colormaps["PuOr_r"]
-_DASHES = ("", "7 3", "2 3", "9 3 2 3")
+DASHES = ("", "7 3", "2 3", "9 3 2 3")
 _NUM_COLOURS = 8
-_MAX_POINTS_WITH_DOTS = 24
+_HALF_BAR = 0.41  # of the room for one
+_MAX_POINTS_WITH_DOTS = 36
 
 type Text = Callable[[float], str]
 
@@ -67,7 +68,7 @@ class Line:
 
 def run_line(index: int) -> dict[str, Any]:
     """The look of the run at a place, the same in all charts."""
-    return {"colour": f"run-{index % _NUM_COLOURS}", "dash": index // 2 % len(_DASHES)}
+    return {"colour": f"run-{index % _NUM_COLOURS}", "dash": index % len(DASHES)}
 
 
 def line_chart(
@@ -85,11 +86,12 @@ def line_chart(
 ) -> Chart:
     """Lines over one x axis, each with x of its own; `x_text` says what hovering calls an x."""
     marks = []
+    with_dots = max(len(line.x) for line in lines) <= _MAX_POINTS_WITH_DOTS
     for line in lines:
         points = [(x(a), y(b)) for a, b in zip(line.x, line.y, strict=True)]
-        look = Markup(' stroke-dasharray="{}"').format(_DASHES[line.dash]) if _DASHES[line.dash] else ""
+        look = Markup(' stroke-dasharray="{}"').format(DASHES[line.dash]) if DASHES[line.dash] else ""
         marks.append(Markup('<path class="stroke {}"{} d="{}"/>').format(line.colour, look, _path(points)))
-        if len(points) <= _MAX_POINTS_WITH_DOTS:
+        if with_dots:
             dots = "".join(
                 f"M{100 * a:.2f} {100 - 100 * b:.2f}h0" for a, b in points if a is not None and b is not None
             )
@@ -133,31 +135,40 @@ def bars(
     x_label: str,
     y_label: str,
     y: Scale,
-    stacked: bool = False,
     threshold: float | None = None,
+    levels: Sequence[Line] = (),
     place: str = "layer",
     y_text: Text = number,
     **more: Any,
 ) -> Chart:
-    """Bars at places 0, 1, …: of several lines beside each other, or stacked, negative figures below zero."""
+    """Bars at places 0, 1, …: stacked where there are several, negative figures below zero.
+
+    Bars that do not reach the `threshold` are pale; `levels` are marked across them.
+    """
     x = Scale(-0.5, num_places - 0.5)
     marks, above, below = [], np.zeros(num_places), np.zeros(num_places)
-    width = 0.82 / (1 if stacked else len(lines))
-    for index, line in enumerate(lines):
-        rectangles = []
+    for line in lines:
+        rectangles: dict[str, list[str]] = {"": [], " pale": []}
         for at, value in enumerate(line.y):
             if not math.isfinite(value):
                 continue
             stack = above if value >= 0 else below
-            start = stack[at] if stacked else 0.0
-            left = at - 0.41 + (0 if stacked else index * width)
-            rectangles.append(_rectangle(x, y, left, width * (1 if stacked else 0.92), start, start + value))
+            kind = " pale" if threshold is not None and value <= threshold else ""
+            rectangles[kind].append(_rectangle(x, y, at - _HALF_BAR, 2 * _HALF_BAR, stack[at], stack[at] + value))
             stack[at] += value
-        marks.append(Markup('<path class="fill {}" d="{}"/>').format(line.colour, "".join(rectangles)))
+        for kind, drawn in rectangles.items():
+            if drawn:
+                marks.append(Markup('<path class="fill {}{}" d="{}"/>').format(line.colour, kind, "".join(drawn)))
+    for line in levels:
+        places = [(at, y(value)) for at, value in enumerate(line.y)]
+        drawn = [
+            _path([(x(at - _HALF_BAR), level), (x(at + _HALF_BAR), level)]) for at, level in places if level is not None
+        ]
+        marks.append(Markup('<path class="level {}" d="{}"/>').format(line.colour, "".join(drawn)))
     if threshold is not None and (level := y(threshold)) is not None:
         marks.append(Markup('<path class="threshold" d="M0 {0:.2f}H100"/>').format(100 - 100 * level))
     return Chart(
-        alt=alt, plot=_svg(y, marks), hover=_hover(lines, x, None, lambda at: f"{place} {at:g}"),
+        alt=alt, plot=_svg(y, marks), hover=_hover([*lines, *levels], x, None, lambda at: f"{place} {at:g}"),
         x_label=x_label, y_label=y_label, x_ticks=_layer_axis(x, num_places), y_ticks=_ticks(y, y_text), **more,
     )  # fmt: skip
 

@@ -5,13 +5,19 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from sparsecod_mcore.report.gather import Run
-from sparsecod_mcore.report.page.charts import Chart, ColourBar, run_line
+from sparsecod_mcore.report.page.charts import DASHES, Chart, ColourBar, run_line
 
 # By the number of charts side by side: the least width of one, in pixels.
-_LEAST_WIDTHS = {1: 420, 2: 400, 3: 330, 4: 260, 5: 210}
+_LEAST_WIDTHS = {1: 280, 2: 400, 3: 330, 4: 260, 5: 210}
 _LEAST_WIDTH = 260
+
+
+def least_width(count: int) -> int:
+    """The least width, in pixels, that lets `count` things stand side by side on a wide screen."""
+    return _LEAST_WIDTHS.get(count, _LEAST_WIDTH)
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,11 @@ class LegendItem:
     name: str
     colour: str
     dash: int = 0
-    is_line: bool = True
+    shape: Literal["line", "bar", "level"] = "line"
+
+    @property
+    def dashes(self) -> str:
+        return DASHES[self.dash]
 
 
 @dataclass(kw_only=True)
@@ -40,7 +50,7 @@ class Figure:
 
     @property
     def least_width(self) -> int:
-        return _LEAST_WIDTHS.get(len(self.charts), _LEAST_WIDTH)
+        return least_width(len(self.charts))
 
     @property
     def csv(self) -> str:

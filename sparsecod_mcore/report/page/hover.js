@@ -78,7 +78,7 @@
       const fits = left + width < innerWidth - 8;
       const top = data.kind === "x" ? box.top + 8 : box.top + (1 - focus.y) * box.height - height - 10;
       tip.style.left = `${Math.max(8, fits ? left : left - width - 28)}px`;
-      tip.style.top = `${Math.max(8, top)}px`;
+      tip.style.top = `${scrollY + Math.max(8, top)}px`;
     };
     plot.addEventListener("pointermove", (event) => {
       const box = plot.getBoundingClientRect();
@@ -92,14 +92,14 @@
       if (!dx && !dy) return;
       event.preventDefault();
       if (data.kind === "cell") {
-        show(focus.x + dx / data.columns.length, focus.y + dy / data.rows.length);
-        return;
+        const step = marks.length ? 1 : 0; // the first press shows where one is
+        return show(focus.x + (step * dx) / data.columns.length, focus.y + (step * dy) / data.rows.length);
       }
       const places = data.series.flatMap((series) => series.x).filter((x) => x !== null).sort((a, b) => a - b);
       const next = dx > 0 ? places.find((x) => x > focus.x + 1e-6) : places.findLast((x) => x < focus.x - 1e-6);
-      show(tip.hidden ? places[0] : (next ?? focus.x), 0);
+      show(marks.length ? (next ?? focus.x) : places[0], 0);
     });
   };
   document.querySelectorAll(".plot").forEach(start);
-  addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
+  addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((part) => { part.open = true; }));
 })();

@@ -17,18 +17,19 @@ from sparsecod_mcore.report.gather import Run, gather
 from sparsecod_mcore.report.page import score_figures, training_figures
 from sparsecod_mcore.report.page.charts import run_line
 from sparsecod_mcore.report.page.evaluation import evaluation_rows
-from sparsecod_mcore.report.page.figure import Figure
+from sparsecod_mcore.report.page.figure import Figure, least_width
 from sparsecod_mcore.report.page.scales import duration, number, tokens
+from sparsecod_mcore.report.published import counterpart
 
 # In the order of the page: the result first, then its causes.
 FIGURES: tuple[Callable[[training_figures.Numbered], Figure], ...] = (
     score_figures.usefulness,
     training_figures.over_training,
-    training_figures.variance_by_depth,
     training_figures.variance_maps,
-    training_figures.growth_parts,
+    training_figures.variance_by_depth,
     training_figures.kurtosis_by_depth,
     score_figures.jacobian_by_depth,
+    training_figures.growth_parts,
     training_figures.jacobian_maps,
     score_figures.jacobian_matrices,
     score_figures.causal,
@@ -40,6 +41,9 @@ FIGURES: tuple[Callable[[training_figures.Numbered], Figure], ...] = (
 _NOT_THE_RECIPE = frozenset(("cod", "save_interval", "eval_interval", "eval_iters", "log_interval", "num_workers"))
 
 
+_FLAGS = {"unfinished": "training is unfinished", "damaged": "files are damaged"}
+
+
 @dataclass(frozen=True)
 class Card:
     """The headline of one run."""
@@ -48,6 +52,7 @@ class Card:
     colour: str
     big: str
     says: str
+    flags: list[str]  # what makes its figures doubtful
     facts: list[tuple[str, str]]
 
 
@@ -75,6 +80,8 @@ def render(runs: Sequence[Run]) -> str:
         figures=[figure for figure in figures if figure.charts],
         unmeasured=[figure for figure in figures if not figure.charts],
         evaluation=evaluation_rows(runs),
+        repeats=any(map(counterpart, runs)),
+        least=least_width(len(runs)),
         runs=runs,
     )
 
@@ -123,6 +130,7 @@ def _card(index: int, run: Run) -> Card:
         big="?" if depth is None else f"{depth.effective}",
         says=(f"of {run.num_layers} layers" if run.num_layers else "layers")
         + (": not scored" if depth is None else f" work, {depth.wasted} {'is' if depth.wasted == 1 else 'are'} wasted"),
+        flags=[_FLAGS[kind] for kind in _FLAGS if any(note.kind == kind for note in run.notes)],
         facts=list(facts.items()),
     )
 

@@ -78,8 +78,9 @@ def percent(value: float | None) -> str:
     """A share in percent with a true minus sign."""
     if value is None or not math.isfinite(value):
         return "–"
-    digits = 0 if abs(value) >= 0.1 else 1 if abs(value) >= 0.01 or value == 0 else 2
-    return f"{100 * value:,.{digits}f} %".replace("-", "−")
+    size = abs(100 * value)
+    text = f"{100 * value:,.0f}" if size >= 9.95 else f"{100 * value:.2g}"
+    return f"{text} %".replace("-", "−")
 
 
 def tokens(count: float | None) -> str:

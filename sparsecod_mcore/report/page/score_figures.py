@@ -36,37 +36,38 @@ def usefulness(runs: Numbered) -> Figure:
     figure = Figure(
         key="usefulness",
         title="Usefulness of each layer",
-        see=f"Bars that stay below the line of {percent(USEFUL_INCREASE)} are layers that a linear map replaces: "
+        see=f"Pale bars stay below the line of {percent(USEFUL_INCREASE)} and are layers that a linear map replaces: "
         + "; ".join(_effective(run) for _, run in runs if run.scores is not None and run.scores.effective_depth)
         + ".",
         legend=[
-            LegendItem("map fitted on the scored sequences", "part-0", is_line=False),
-            LegendItem("map fitted on other sequences", "part-1", is_line=False),
+            LegendItem("map fitted on the scored sequences", "ink", shape="bar"),
+            LegendItem("map fitted on other sequences", "ink", shape="level"),
         ],
         columns=("run", "layer", "fit", "relative increase of the loss"),
         remedy=_SCORE.format("usefulness,effective_depth"),
-        note=f"The axis is logarithmic and begins at {percent(_SMALLEST_INCREASE)}; increases below that, or none, have no bar.",
+        note=f"The axis is logarithmic and begins at {percent(_SMALLEST_INCREASE)}; smaller increases have no bar.",
     )
-    having = [(run, _fits(run)) for _, run in runs if _fits(run)]
+    having = [(index, run, fits) for index, run in runs if (fits := _fits(run))]
     figure.absent = [run.name for _, run in runs if not _fits(run)]
     if not having:
         return figure
     y = Scale.of(
-        [value for _, fits in having for fit in fits.values() for value in fit if value > _SMALLEST_INCREASE],
+        [value for *_, fits in having for fit in fits.values() for value in fit if value > _SMALLEST_INCREASE],
         logarithmic=True,
         include=[_SMALLEST_INCREASE, 0.2],
     )
-    for run, fits in having:
-        lines = [
-            Line(name, range(len(fit)), fit, f"part-{place}", texts=list(map(percent, fit)))
-            for place, (name, fit) in enumerate(fits.items())
-        ]
-        said = ", ".join(map(percent, lines[0].y))
+    for index, run, fits in having:
+        colours = (run_line(index)["colour"], "ink")
+        scored, *held_out = (
+            Line(name, range(len(fit)), fit, colour, texts=list(map(percent, fit)))
+            for (name, fit), colour in zip(fits.items(), colours, strict=False)
+        )
         figure.charts.append(
             bars(
-                lines, len(lines[0].y), y=y, y_text=percent, threshold=USEFUL_INCREASE, title=run.name,
-                is_run_title=True, x_label="layer", y_label="rise of the loss",
-                alt=f"Rise of the loss of {run.name} with a linear map in each layer's place, first layer to last: {said}.",
+                [scored], len(scored.y), y=y, y_text=percent, threshold=USEFUL_INCREASE, levels=held_out,
+                title=run.name, is_run_title=True, x_label="layer", y_label="rise of the loss",
+                alt=f"Rise of the loss of {run.name} with a linear map in each layer's place, first to last: "
+                f"{', '.join(scored.texts)}.",
             )
         )  # fmt: skip
         figure.rows += [(run.name, at, name, value) for name, fit in fits.items() for at, value in enumerate(fit)]
@@ -89,7 +90,8 @@ def _fits(run: Run) -> dict[str, list[float]]:
 def causal(runs: Numbered) -> Figure:
     return _pairs(
         runs, lambda scores: scores.causal, "causal", "Causal effect of each layer on later ones",
-        "Row s, column l: how much what layer l adds changes when layer s is skipped; light rows are layers that none later needs.",
+        "Row s, column l: how much what layer l adds changes when layer s is skipped; light rows are layers that no "
+        "later one needs.",
         ("layer affected", "layer skipped"), "relative change of what a layer adds",
     )  # fmt: skip
 
@@ -133,7 +135,7 @@ def _pairs(
         figure.charts.append(
             heat_map(
                 values_LL, colours=colours, title=f"{run.name}: {number(score)} on average", is_run_title=True,
-                shape="square", alt=f"{title}, {run.name}: {number(score)} on average over pairs of {count + 1} layers.",
+                shape="square", alt=f"{title}, {run.name}: {number(score)} on average, over {count + 1} layers.",
                 x_label=labels[0], y_label=labels[1], row_texts=[f"{labels[1]} {at}" for at in layers[:-1]],
                 column_texts=[f"{labels[0]} {at}" for at in layers[1:]], x_ticks=cell_ticks(count, some, layers[1:]),
                 y_ticks=cell_ticks(count, some, layers, downwards=True),

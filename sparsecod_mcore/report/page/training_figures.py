@@ -1,5 +1,6 @@
 """Figures of training: what a run's statistics and log say."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,8 +23,9 @@ from sparsecod_mcore.report.page.figure import Figure, LegendItem, run_legend
 from sparsecod_mcore.report.page.scales import Scale, layer_ticks, number, percent, tokens
 from sparsecod_mcore.report.shares import PARTS, growth_of
 
-_MAX_POINTS = 300  # of a line
+_MAX_POINTS = 150  # of a line
 _MAX_COLUMNS = 120  # of a heat map
+_MAX_CELLS = 20_000  # of all heat maps of a figure
 _WIDE_RATIO = 20.0  # between the largest and the smallest figure, from which an axis is logarithmic
 _NO_STATISTICS = "train with cod.stats_interval above 0"
 
@@ -65,15 +67,21 @@ def over_training(runs: Numbered) -> Figure:
 
 
 def _compare_variance(runs: Sequence[Run]) -> str:
-    known = sorted((run.last_layer_variance, run.name) for run in runs if run.last_layer_variance is not None)
+    variances = [(run.last_layer_variance, run.name) for run in runs]
+    known = sorted((value, name) for value, name in variances if value is not None and math.isfinite(value))
     if not known:
         return "How much the residual stream has grown when it leaves the last layer."
     if len(known) == 1:
-        return f"The stream leaves the last layer with a variance of {number(known[0][0])}; a steady climb means that depth only adds to it."  # noqa: E501
+        return (
+            f"The stream leaves the last layer with a variance of {number(known[0][0])}; a steady climb means that "
+            "depth only adds to it."
+        )
     (low, lowest), (high, highest) = known[0], known[-1]
-    assert low is not None and high is not None
     times = f", {number(high / low)} times as much as" if low > 0 else ", more than"
-    return f"{highest} ends with a last-layer variance of {number(high)}{times} {lowest} ({number(low)}): lower curves leave late layers more to do."  # noqa: E501
+    return (
+        f"{highest} ends with a last-layer variance of {number(high)}{times} {lowest} ({number(low)}): lower curves "
+        "leave late layers more to do."
+    )
 
 
 def _curve(index: int, run: Run, tokens_I: np.ndarray, values_I: np.ndarray) -> Line:
@@ -124,19 +132,20 @@ def _maps(runs: Numbered, key: tuple[str, str], what: str, label: str) -> Figure
     figure.absent = [run.name for _, run in runs if key not in run.series]
     if not having:
         return figure
-    shown = [(run, series.tokens_I, *_blocks(series.values_IL, _MAX_COLUMNS)) for run, series in having]
+    columns = min(_MAX_COLUMNS, max(2, _MAX_CELLS // sum(series.values_IL.shape[1] for _, series in having)))
+    shown = [(run, series.tokens_I, *_blocks(series.values_IL, columns)) for run, series in having]
     colours = Scale.of((value for *_, means in shown for value in means.ravel().tolist()), logarithmic=True)
     figure.colour_bar = colour_bar(colours, label)
     for run, tokens_I, ends, means_IL in shown:
         count, num_layers = means_IL.shape
         at = [tokens(float(seen)) for seen in tokens_I[ends]]
-        some = np.unique(np.linspace(0, count - 1, min(4, count)).round().astype(int)).tolist()
+        some = np.unique(np.linspace(0, count - 1, min(3, count)).round().astype(int)).tolist()
         layers = [f"layer {layer}" for layer in range(num_layers)]
         last = ", ".join(map(number, means_IL[-1].tolist()))
         figure.charts.append(
             heat_map(
                 means_IL.T[::-1], colours=colours, title=run.name, is_run_title=True,
-                alt=f"{what} of {run.name} by layer over training; at the end, from the first layer to the last: {last}.",
+                alt=f"{what} of {run.name} by layer over training; at the end, first layer to last: {last}.",
                 x_label="training tokens", y_label="layer", row_texts=layers[::-1],
                 column_texts=[f"{text} tokens" for text in at], x_ticks=cell_ticks(count, some, at),
                 y_ticks=cell_ticks(num_layers, layer_ticks(num_layers, 6), list(map(str, range(num_layers)))),
@@ -157,7 +166,7 @@ def growth_parts(runs: Numbered) -> Figure:
         title="What the variance grows by",
         see="Bars of a run add up to 100 %, its growth from embedding to last layer: what branches add by themselves, "
         "and what they gain by pointing where the shortcut already points (2 Cov).",
-        legend=[LegendItem(name, f"part-{place}", is_line=False) for place, name in enumerate(PARTS)],
+        legend=[LegendItem(name, f"part-{place}", shape="bar") for place, name in enumerate(PARTS)],
         columns=("run", "layer", *PARTS),
         remedy=_NO_STATISTICS,
     )
@@ -178,7 +187,7 @@ def growth_parts(runs: Numbered) -> Figure:
         )
         figure.charts.append(
             bars(
-                lines, shares_PL.shape[1], stacked=True, y=y, y_text=percent, title=run.name, is_run_title=True,
+                lines, shares_PL.shape[1], y=y, y_text=percent, title=run.name, is_run_title=True,
                 alt=f"Shares of the growth of variance in {run.name}, over all layers: {totals}.",
                 x_label="layer", y_label="share of growth",
             )
@@ -206,7 +215,7 @@ def by_depth(
     said = "; ".join(
         f"{run.name} from {number(row[0])} in the first layer to {number(row[-1])} in the last"
         for _, run, row in having
-    )  # noqa: E501
+    )
     figure.charts = [
         layer_lines(lines, max(map(len, (line.y for line in lines))), y=y, alt=f"{title}: {said}.", y_label=y_label)
     ]
@@ -219,8 +228,8 @@ def variance_by_depth(runs: Numbered) -> Figure:
     return by_depth(
         runs, [run.at_end("layer_output", "variance") for _, run in runs], key="variance-depth",
         title="Variance against depth at the end of training", y_label="variance", remedy=_NO_STATISTICS,
-        see="A straight rise on this axis is growth by the same factor in every layer; a flat end is a stream that late "
-        "layers hardly add to.",
+        see="A straight rise on a logarithmic axis is growth by the same factor in every layer; a flat end is a stream "
+        "that late layers hardly add to.",
     )  # fmt: skip
 
 
