@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
+from sparsecod_mcore import demo
 from sparsecod_mcore.report.diagnosis import Advice, diagnose
 from sparsecod_mcore.report.gather import Run, gather
 from sparsecod_mcore.report.published import PUBLISHED, counterpart
@@ -111,6 +113,15 @@ def test_what_to_try_next(changes: dict[str, Any], steps: list[str]) -> None:
     assert [one.usefulness_gain for one in found] == sorted((one.usefulness_gain for one in found), reverse=True)
     [advice] = diagnose([Run(name="run", path=Path("run"), config=config)])
     assert advice.title == f"Try next: {found[0].step}" if found else "All ingredients" in advice.title
+
+
+def test_the_demos_models_differ_by_the_recipe() -> None:
+    settings = {name: yaml.safe_load((demo.REPOSITORY / path).read_text()) for name, path in demo.MODELS.items()}
+    assert len(next_ingredients(settings["naive"])) == 4
+    [ingredient] = next_ingredients(settings["recipe"])  # 256 tokens are still short
+    assert ingredient.step.startswith("longer sequences") and settings["recipe"]["seq_length"] == 256
+    tokens = [found["seq_length"] * found["global_batch_size"] * found["train_iters"] for found in settings.values()]
+    assert len(set(tokens)) == 1 and len({found["num_layers"] for found in settings.values()}) == 1
 
 
 def test_a_run_that_repeats_one_of_the_papers_is_found(tmp_path: Path) -> None:

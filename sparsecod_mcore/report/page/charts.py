@@ -194,7 +194,7 @@ def heat_map(
     pixels_RC4 = palette(np.clip(np.nan_to_num(shade_RC), 0, 1))
     pixels_RC4[np.isnan(shade_RC), 3] = 0.0
     picture = io.BytesIO()
-    imsave(picture, pixels_RC4, format="png", metadata={"Software": None})
+    imsave(picture, pixels_RC4, format="png", metadata={"Software": ""})
     encoded = base64.b64encode(picture.getvalue()).decode()
     cells = [[float(f"{v:.{digits}g}") if math.isfinite(v) else None for v in row] for row in values_RC.tolist()]
     hover = {"kind": "cell", "rows": list(row_texts), "columns": list(column_texts), "cells": cells}

@@ -76,8 +76,9 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _estimate(estimate: dict[str, Any], text: Callable[[float], str]) -> str:
-    value, error = (estimate.get(name) for name in ("value", "stderr"))
+    value, error = estimate.get("value"), estimate.get("stderr")
     if not isinstance(value, int | float):
         return "–"
-    known = isinstance(error, int | float) and math.isfinite(error)
-    return f"{text(value)} ± {text(error)}" if known else text(value)
+    if not isinstance(error, int | float) or not math.isfinite(error):
+        return text(value)
+    return f"{text(value)} ± {text(error)}"
