@@ -97,8 +97,10 @@ def _statistics(layers: int, growth: float, random: np.random.Generator) -> dict
 def _of_dimensions(layers: int, probes: bool, random: np.random.Generator) -> dict[tuple[str, str], np.ndarray]:
     found = {("layer_output", "dimension_kurtosis"): 3 + 4 * np.exp(-np.arange(layers)) * random.random(layers)}
     if probes:
-        found["jacobian", "deviation"] = 0.02 + 0.1 * np.exp(-0.3 * np.arange(layers)) * (0.5 + random.random(layers))
-        found["jacobian", "deviation_error"] = np.full(layers, 0.005)
+        for stream in ("jacobian", "jacobian_attention", "jacobian_mlp"):
+            found[stream, "deviation"] = 0.02 + 0.1 * np.exp(-0.3 * np.arange(layers)) * (0.5 + random.random(layers))
+            found[stream, "deviation_error"] = np.full(layers, 0.005)
+            found[stream, "diagonal"] = np.ones(layers)
     return found
 
 

@@ -115,7 +115,11 @@ def _pairs(
 ) -> Figure:
     """Heat maps of pairs i < j: row i, column j; row L − 1 and column 0 hold none and are left out."""
     figure = Figure(
-        key=key, title=title, see=see, columns=("run", "layer", "other layer", colour_label), remedy=_SCORE.format(key)
+        key=key,
+        title=title,
+        see=f"{see} Beside each name its mean over pairs.",
+        columns=("run", "layer", "other layer", colour_label),
+        remedy=_SCORE.format(key),
     )
     having: list[tuple[Run, float, npt.NDArray[np.float64]]] = []
     for _, run in runs:
@@ -134,7 +138,7 @@ def _pairs(
         some = layer_ticks(count, 6)
         figure.charts.append(
             heat_map(
-                values_LL, colours=colours, title=f"{run.name}: {number(score)} on average", is_run_title=True,
+                values_LL, colours=colours, title=f"{run.name}: {number(score)}", is_run_title=True,
                 shape="square", alt=f"{title}, {run.name}: {number(score)} on average, over {count + 1} layers.",
                 x_label=labels[0], y_label=labels[1], row_texts=[f"{labels[1]} {at}" for at in layers[:-1]],
                 column_texts=[f"{labels[0]} {at}" for at in layers[1:]], x_ticks=cell_ticks(count, some, layers[1:]),
@@ -226,7 +230,6 @@ def sparsity(runs: Numbered) -> Figure:
         see="Higher curves are sparser, and lower entropy is attention on fewer tokens; the paper finds that both go "
         "with layers that work.",
         columns=("run", "quantity", "at", "value"),
-        legend=run_legend(runs),
         remedy="tools/measure_sparsity.py",
     )
     weights, below, entropy = [], [], []
@@ -245,6 +248,7 @@ def sparsity(runs: Numbered) -> Figure:
             layers = range(scores.layers)
             below.append(_line(index, run, layers, attention.sparsity_causal[str(_SPARSITY_SHOWN)], percent))
             entropy.append(_line(index, run, layers, attention.entropy, number))
+    figure.legend = run_legend((index, run) for index, run in runs if run.name not in figure.absent)
     depth = max((run.scores.layers for _, run in runs if run.scores is not None), default=1)
     if weights:
         name = "Share of weights below ε"
@@ -285,7 +289,8 @@ def experts(runs: Numbered) -> Figure:
     figure = Figure(
         key="experts",
         title="Balance of experts",
-        see="Even rows are routers that use all experts; a dark cell is an expert that gets most of the tokens.",
+        see="Even rows are routers that use all experts; a dark cell is an expert that gets most of the tokens. Beside "
+        "each name the mean over layers of the balance, 1 − std / mean.",
         columns=("run", "layer", "expert", "share of choices"),
         remedy=_SCORE.format("moe") + " (of a mixture of experts)",
     )
@@ -304,7 +309,7 @@ def experts(runs: Numbered) -> Figure:
         figure.charts.append(
             heat_map(
                 shares_LE[::-1], colours=colours, is_run_title=True,
-                title=f"{run.name}: balance {number(float(np.mean(balance)))} on average",
+                title=f"{run.name}: {number(float(np.mean(balance)))}",
                 alt=f"How often {run.name} selects each expert; balance by layer: {', '.join(map(number, balance))}.",
                 x_label="expert", y_label="layer",
                 row_texts=[f"layer {at}, balance {number(b)}" for at, b in zip(numbers, balance, strict=True)][::-1],
