@@ -11,6 +11,8 @@ import yaml
 from sparsecod_mcore import demo
 from sparsecod_mcore.report.diagnosis import Advice, diagnose
 from sparsecod_mcore.report.gather import Run, gather
+from sparsecod_mcore.report.page.evaluation import evaluation_rows
+from sparsecod_mcore.report.page.scales import number
 from sparsecod_mcore.report.published import PUBLISHED, counterpart
 from sparsecod_mcore.report.recipe import next_ingredients
 from sparsecod_mcore.report.shares import growth_of
@@ -134,5 +136,7 @@ def test_a_run_that_repeats_one_of_the_papers_is_found(tmp_path: Path) -> None:
         assert found is not None and set(found.settings.items()) >= set(published.settings.items()) - {
             ("num_query_groups", 16)
         }
+        beside = {cell.published for row in evaluation_rows([run]) for cell in row.cells}
+        assert f"paper: {number(published.figures['perplexity'])} ({published.place})" in beside
     run.log.steps[-1]["tokens"] = int(published.tokens * 1.2)
     assert counterpart(run) is None

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +148,24 @@ def test_scores_by_themselves_join_their_run(tmp_path: Path) -> None:
     assert found.is_run and found.scores is not None and found.name == "mine"
     [alone] = gather([tmp_path / "scored"])
     assert not alone.is_run and "Only scores are given" in Page(render([alone])).words()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, -1.0, 1e-300, 1e300])
+def test_strange_figures_are_drawn(value: float, tmp_path: Path) -> None:
+    """Of one layer, or of a run that diverged or does nothing."""
+    paths = [write_example_run(tmp_path / str(layers), layers=layers, steps=3) for layers in (1, 3)]
+    runs = gather(paths)
+    for run in runs:
+        assert run.scores is not None and run.scores.usefulness is not None
+        for series in run.series.values():
+            series.values_IL[-2:] = value
+        run.scores.usefulness.scored.relative_loss_increase[:] = [value] * run.scores.layers
+        run.log.steps[-1]["loss"] = str(value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = Page(render(runs))
+    assert "NaN" not in "".join(page.scripts)  # which no JSON parser takes
+    assert len(page.hovers()) == len(page.all("div", class_="plot"))
 
 
 def test_other_paths_are_the_users_mistake(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 _MAX_TICKS = 5
+_LARGEST = 1e30
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Scale:
     def of(cls, values: Iterable[float], *, logarithmic: bool = False, include: Iterable[float] = ()) -> Self:
         """A scale with room for all finite `values` (positive ones, if logarithmic) and those of `include`."""
         found = np.array([*values, *include], dtype=float)
-        found = found[np.isfinite(found) & ((found > 0) | (not logarithmic))]
+        # What is not finite, or beside which nothing else could be told apart, lies outside.
+        found = found[(np.abs(found) < _LARGEST) & ((found > 1 / _LARGEST) | (not logarithmic))]
         low, high = (float(found.min()), float(found.max())) if found.size else (1.0, 10.0)
         if logarithmic:
             return cls(low / 1.05, high * 1.05, True) if high > low else cls(low / 2, high * 2, True)
@@ -51,7 +53,7 @@ class Scale:
             if len(inside) < 2:
                 ticks = MaxNLocator(nbins=count, steps=[1, 2, 5, 10]).tick_values(self.low, self.high)
         inside = [float(tick) for tick in ticks if self.low <= tick <= self.high]
-        step = -(-len(inside) // (count + 1))
+        step = max(1, -(-len(inside) // (count + 1)))
         return inside[::step]
 
 
