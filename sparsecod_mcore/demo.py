@@ -1,4 +1,4 @@
-"""The demo: from text to a trained model, its variance pictured and its layers scored, on any machine without data."""
+"""The demo: from text to two trained models, scored and compared in a report, on any machine without data."""
 
 import json
 import os
@@ -13,49 +13,63 @@ from sparsecod_mcore import platform
 from sparsecod_mcore.data import Corpus, DocstringCorpus, FileCorpus, unigram_perplexity
 from sparsecod_mcore.data.prepare import fingerprint, prepare
 from sparsecod_mcore.report.figures import save_variance_figure
+from sparsecod_mcore.report.page.command import make_report
 from sparsecod_mcore.report.tables import jacobian_table, variance_table
 from sparsecod_mcore.scoring.provenance import hash_files
 from sparsecod_mcore.scoring.results import read_scores
 from sparsecod_mcore.scoring.summary import summary
 
 REPOSITORY = Path(__file__).parents[1]
-CONFIG = Path("examples/configs/micro.yaml")
+MODELS = {
+    "naive": Path("examples/configs/demo_naive.yaml"),
+    "recipe": Path("examples/configs/demo_recipe.yaml"),
+}
 VOCABULARY_SIZE = 4096
-SCORED_SEQUENCES = 8
+SCORED_TOKENS = 2048
 
 
 def run_demo(corpus_path: str | None, tokenizer: Path | None) -> None:
-    """Train `examples/configs/micro.yaml` on docstrings, or on the text or JSONL at `corpus_path`.
+    """Train and score two deep models, a naive one and one with the recipe of the paper, and report on both.
 
-    Without a `tokenizer` a BPE is trained on the corpus first. Everything goes to runs/demo-…, named after what it was
-    made from; the same call goes on where it was interrupted, and does nothing twice.
+    They are trained on docstrings, or on the text or JSONL at `corpus_path`. Without a `tokenizer` a BPE is trained on
+    the corpus first. Everything goes to runs/demo-…, named after what it was made from; the same call goes on where it
+    was interrupted, and does nothing twice.
     """
     corpus: Corpus = DocstringCorpus() if corpus_path is None else FileCorpus([os.path.abspath(corpus_path)])
     tokenizer = None if tokenizer is None else tokenizer.absolute()
     os.chdir(REPOSITORY)
-    run = Path("runs") / f"demo-{fingerprint(corpus, tokenizer)}"
-    data, tokenizer = prepare(corpus, run / "data", tokenizer, VOCABULARY_SIZE)
-    _train(run, data, tokenizer)
-    _show(run, unigram_perplexity(f"{data}_valid"))
-    _score(run, data)
+    folder = Path("runs") / f"demo-{fingerprint(corpus, tokenizer)}"
+    data, tokenizer = prepare(corpus, folder / "data", tokenizer, VOCABULARY_SIZE)
+    unigram = unigram_perplexity(f"{data}_valid")
+    for name, config in MODELS.items():
+        _train(folder / name, config, data, tokenizer)
+        _show(folder / name, unigram)
+        _score(folder / name, config, data)
+    print(f"\ncurves: .venv/bin/tensorboard --logdir {folder}")
+    make_report([folder / name for name in MODELS], folder / "report.html")
 
 
-def _train(run: Path, data: Path, tokenizer: Path) -> None:
-    command = ["torchrun", "--standalone", "examples/pretrain_cod.py", "--config", str(CONFIG)]
+def _train(run: Path, config: Path, data: Path, tokenizer: Path) -> None:
+    command = ["torchrun", "--standalone", "examples/pretrain_cod.py", "--config", str(config)]
     command += ["--cod-data", str(data), "--cod-tokenizer", str(tokenizer), "--cod-run-dir", str(run)]
     command += ["--full-validation"]
     _run(command, [sys.executable, "-m", "torch.distributed.run", *command[1:]])
 
 
-def _score(run: Path, data: Path) -> None:
-    """Score a few held-out sequences: enough to tell layers apart, in well under a minute."""
+def _score(run: Path, config: Path, data: Path) -> None:
+    """Score a few held-out sequences, of as many tokens for every model: enough to tell layers apart."""
     out = run / "scores"
     if _are_of_present_weights(out / "scores.json", run):
         print(f"\n{summary(read_scores(out / 'scores.json'))}")
         return
-    length = yaml.safe_load(CONFIG.read_text())["seq_length"]
+    settings = yaml.safe_load(config.read_text())
     arguments = ["--model", str(run), "--data", str(data), "--out", str(out)]
-    arguments += ["--length", str(length), "--sequences", str(SCORED_SEQUENCES)]
+    arguments += ["--length", str(settings["seq_length"]), "--sequences", str(SCORED_TOKENS // settings["seq_length"])]
+    if "num_experts" in settings:
+        platform.prepare()
+        from sparsecod_mcore.scoring.registry import SCORES  # imports Megatron, which nothing else here waits for
+
+        arguments += ["--scores", ",".join(SCORES)]
     command = ["tools/score_layers.py", *arguments]
     _run(["python", *command], [sys.executable, *command])
 
@@ -88,4 +102,3 @@ def _show(run: Path, unigram: float) -> None:
         f"{unigram / perplexity:.1f} times as high"
     )
     print(f"figure: {', '.join(map(str, figures))}")
-    print(f"curves: .venv/bin/tensorboard --logdir {run / 'tensorboard'}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a small model on any text, or on docstrings; show how its variance grows with depth, and score its layers."""
+"""Train and score two small models on any text, or on docstrings: a naive deep one and one with the paper's recipe."""
 
 from pathlib import Path
 

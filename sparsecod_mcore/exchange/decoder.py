@@ -30,6 +30,7 @@ PLAIN: Settings = {
     "qk_layernorm": False,
     "qk_l2_norm": False,
     "cod_full_width_qk_norm": False,
+    "cod_depth_control": "none",
     "multi_latent_attention": False,
     "attention_output_gate": False,
     "experimental_attention_variant": None,
@@ -153,6 +154,8 @@ def normalised(settings: Mapping[str, Any]) -> Settings:
     if not settings["group_query_attention"]:
         sizes["num_query_groups"] = heads
     found = PLAIN | {name: settings[name] for name in PLAIN} | sizes
+    if found["cod_depth_control"] == "scaled_init":  # which only says what weights were at first
+        found["cod_depth_control"] = PLAIN["cod_depth_control"]
     if settings["num_experts"]:
         found |= {name: settings[name] for name in (*PLAIN_MIXTURE, *_MIXTURE_SIZES)}
         found["moe_ffn_hidden_size"] = settings["moe_ffn_hidden_size"] or settings["ffn_hidden_size"]

@@ -161,8 +161,10 @@ class Statistics(NamedTuple):
         return Series(iterations_IL[:, 0], tokens_IL[:, 0], values_IL)
 
 
-def read_statistics(directory: Path, *, stream: str | None = None, statistic: str | None = None) -> Statistics:
-    """Read the statistics of a run from its ``stats`` directory, all or those of one stream or statistic.
+def read_statistics(
+    directory: Path, *, stream: str | None = None, statistic: str | Sequence[str] | None = None
+) -> Statistics:
+    """Read the statistics of a run from its ``stats`` directory, all or those of one stream, of one or some statistics.
 
     A part that cannot be read is named in a warning and skipped; without any readable part, or any row
     of what is asked for, raises UserError.
@@ -178,7 +180,8 @@ def read_statistics(directory: Path, *, stream: str | None = None, statistic: st
             continue
         for column, name in wanted.items():
             if name is not None:
-                table = table.filter(pc.field(column) == name)
+                names = pa.array([name] if isinstance(name, str) else name)
+                table = table.filter(pc.is_in(table[column].combine_chunks().dictionary_decode(), names))
         tables.append(table)
     if not tables:
         raise UserError(

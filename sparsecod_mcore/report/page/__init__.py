@@ -1,0 +1,1 @@
+"""The HTML report: charts, figures, and the one self-contained page that holds them."""
