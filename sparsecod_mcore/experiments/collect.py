@@ -45,7 +45,12 @@ def _row(sweep: Sweep, task: Task) -> dict[str, Any]:
     outcome = outcome_of(sweep, task)
     state = "waiting" if outcome is None else "failed" if "failed" in outcome else "complete"
     measured = measures_of(sweep.out / task.name) if state == "complete" else {}
-    about = {"run": task.name, "config": task.config, "state": state, "varied": json.dumps(dict(task.varied))}
+    about: dict[str, Any] = {
+        "run": task.name,
+        "config": task.config,
+        "state": state,
+        "varied": json.dumps(dict(task.varied)),
+    }
     about |= {"seconds": outcome and outcome["seconds"], "lr": task.settings.get(LEARNING_RATE)}
     return about | {"seed": task.settings.get(SEED), **measured}
 

@@ -37,17 +37,17 @@ _OF_LOG: dict[str, Callable[[Sequence[Record]], float | None]] = {
     "last_layer_variance": _last_layer_variance,
 }
 _OF_SCORES: dict[str, Callable[[Scores], float | None]] = {
-    "parameters": lambda scores: scores.weight_sparsity and scores.weight_sparsity.parameters,
-    "causal": lambda scores: scores.causal and scores.causal.score,
-    "permutation": lambda scores: scores.permutation and scores.permutation.score,
-    "usefulness": lambda scores: scores.usefulness and scores.usefulness.scored.score,
+    "parameters": lambda scores: scores.weight_sparsity.parameters if scores.weight_sparsity else None,
+    "causal": lambda scores: scores.causal.score if scores.causal else None,
+    "permutation": lambda scores: scores.permutation.score if scores.permutation else None,
+    "usefulness": lambda scores: scores.usefulness.scored.score if scores.usefulness else None,
     "usefulness_held_out": lambda scores: (
         scores.usefulness.held_out.score if scores.usefulness and scores.usefulness.held_out else None
     ),
-    "linear_increase": lambda scores: scores.usefulness and scores.usefulness.scored.mean,
-    "effective": lambda scores: scores.effective_depth and scores.effective_depth.effective,
-    "wasted": lambda scores: scores.effective_depth and scores.effective_depth.wasted,
-    "weight_sparsity": lambda scores: scores.weight_sparsity and scores.weight_sparsity.model[_THRESHOLD],
+    "linear_increase": lambda scores: scores.usefulness.scored.mean if scores.usefulness else None,
+    "effective": lambda scores: scores.effective_depth.effective if scores.effective_depth else None,
+    "wasted": lambda scores: scores.effective_depth.wasted if scores.effective_depth else None,
+    "weight_sparsity": lambda scores: scores.weight_sparsity.model[_THRESHOLD] if scores.weight_sparsity else None,
     "attention_sparsity": lambda scores: _of_attention(scores, "sparsity_causal_mean"),
     "attention_entropy": lambda scores: _of_attention(scores, "entropy_mean"),
 }

@@ -201,8 +201,10 @@ def _ablation(build: _Builder) -> Question:
         name="ablation",
         asks="Does sparsity make depth useful?",
         runs={
-            label: build.run("ablation", f"{number}_{label.replace(' + ', '_').replace(' ', '_').lower()}", *step)
-            for number, (label, *step) in enumerate(steps, 1)
+            label: build.run(
+                "ablation", f"{number}_{label.replace(' + ', '_').replace(' ', '_').lower()}", about, shape, recipe
+            )
+            for number, (label, about, shape, recipe) in enumerate(steps, 1)
         },
         trends=(
             Trend("usefulness", "falls", "0.75 → 0.53", over=("baseline", "deep")),

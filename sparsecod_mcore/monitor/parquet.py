@@ -190,7 +190,8 @@ def read_statistics(
         )
     rows = pa.concat_tables(tables).unify_dictionaries()
     if not len(rows) and any(wanted.values()):
-        named = " of ".join(name for name in (statistic, stream) if name is not None)
+        asked = [[name] if isinstance(name, str) else name for name in (statistic, stream) if name is not None]
+        named = " of ".join(" or ".join(names) for names in asked)
         raise UserError(f"no {named} is recorded in {directory}")
     return Statistics(rows, skipped)
 
