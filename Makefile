@@ -1,4 +1,4 @@
-# make demo | test | check | test-slow | gpu-check | build | clean. Each target makes what it needs; a second call installs nothing.
+# make demo | reproduce | test | check | test-slow | gpu-check | build | clean. Each target makes what it needs; a second call installs nothing.
 
 PYTHON := .venv/bin/python
 EXTENSION_SOURCES := setup.py $(shell find csrc -type f)
@@ -10,10 +10,15 @@ TOKENIZER :=
 # Tests at a time. Each may start a job of four processes.
 TEST_JOBS := 2
 
-.PHONY: help demo test test-slow check gpu-check build clean
+# Which question of the paper to ask, at which size (micro: a CPU, small: a GPU); all and what the machine has, unless told.
+QUESTION :=
+SIZE :=
+
+.PHONY: help demo reproduce test test-slow check gpu-check build clean
 
 help:
-	@echo "make demo       train a small model, picture its variance, score its layers (CORPUS=path TOKENIZER=path to use your own)"
+	@echo "make demo       train and score two small models, and report on both (CORPUS=path TOKENIZER=path to use your own)"
+	@echo "make reproduce  ask the paper's questions at a small size (QUESTION=weight_decay, SIZE=micro or small)"
 	@echo "make test       run the tests that take seconds"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make check      lint, formatting and types"
@@ -23,6 +28,9 @@ help:
 
 demo: build
 	$(PYTHON) tools/demo.py $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)")
+
+reproduce: build
+	$(PYTHON) tools/reproduce.py $(if $(SIZE),--size "$(SIZE)") $(if $(QUESTION),--question "$(QUESTION)")
 
 test: build
 	$(PYTHON) -m pytest -q -n $(TEST_JOBS) --dist worksteal -m "not slow and not gpu" --durations=10
