@@ -105,7 +105,7 @@ def _to_megatron(request: Request, folder: Path) -> str:
     (carried / "config.json").write_bytes((request.model / "config.json").read_bytes())
     if request.tokenizer is not None:
         carry_tokenizer(request.tokenizer, carried)
-    return f"a torch_dist checkpoint of {source.config['model_type']} in {_name(kept)}, which --load takes"
+    return f"torch_dist checkpoint of {source.config['model_type']} in {_name(kept)}, which --load takes"
 
 
 def _to_hugging_face(request: Request, checkpoint: Path, folder: Path) -> str:
@@ -139,7 +139,7 @@ def _to_hugging_face(request: Request, checkpoint: Path, folder: Path) -> str:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
     without = "" if has_tokenizer else ", without a tokenizer (--tokenizer takes one)"
-    return f"a {family.architecture} in {_name(kept)}, which from_pretrained takes{without}"
+    return f"{family.architecture} in {_name(kept)}, which from_pretrained takes{without}"
 
 
 def _family(args: Namespace, checkpoint: Path) -> tuple[Family, Config, Path | None]:

@@ -35,10 +35,14 @@ def test_layouts_convert_to_the_same_files(tmp_path: Path) -> None:
     words += [f"{name}:{layout}={tmp_path / family}" for name, (family, layout) in jobs.items()]
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    files: dict[str, dict[str, bytes]] = {}
     for name, (family, layout) in jobs.items():
-        convert(Request(model=tmp_path / name, out=tmp_path / f"{name}.hf"))
-        assert_same_tensors(tmp_path / f"{name}.hf", tmp_path / family)
-        assert torch.equal(families.logits(families.load(tmp_path / f"{name}.hf"), TOKENS), expected[family])
+        out = tmp_path / f"{name}.hf"
+        convert(Request(model=tmp_path / name, out=out))
+        contents = {file.name: file.read_bytes() for file in out.iterdir()}
+        assert files.setdefault(family, contents) == contents
+        assert_same_tensors(out, tmp_path / family)
+        assert torch.equal(families.logits(families.load(out), TOKENS), expected[family])
         found = tmp_path / f"{name}.logits.pt"
         assert found.exists() == (layout.split(":")[1] == "1")
         if found.exists():
