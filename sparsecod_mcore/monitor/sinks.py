@@ -110,7 +110,6 @@ class WandbSink:
         for name, (key, title) in PROFILES.items():
             if key in self._profiles:
                 rows = [[layer, value] for layer, value in enumerate(self._profiles.pop(key).tolist())]
-                table = self._wandb.Table(data=rows, columns=["layer", name])
-                panels[f"by_layer/{name}"] = self._wandb.plot.line(table, "layer", name, title=title)
+                panels[f"by_layer/{name}"] = title, ["layer", name], rows
         if panels:
-            self._wandb.log(panels, self._iteration)
+            self._wandb.log_lines(panels, self._iteration)

@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,6 +66,24 @@ class BackgroundWandb:
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Log a record."""
         self.call(lambda: self._wandb.log(*args, **kwargs))
+
+    def define_metric(self, *args: Any, **kwargs: Any) -> None:
+        """Say which axis a curve has."""
+        self.call(lambda: self._wandb.define_metric(*args, **kwargs))
+
+    def log_lines(self, charts: Mapping[str, tuple[str, list[str], list[list[float]]]], step: int) -> None:
+        """Log charts by name: a title, the names of two columns, x and y, and rows of them."""
+
+        def log() -> None:
+            self._wandb.log(
+                {
+                    name: self._wandb.plot.line(self._wandb.Table(data=rows, columns=columns), *columns, title=title)
+                    for name, (title, columns, rows) in charts.items()
+                },
+                step,
+            )
+
+        self.call(log)
 
     def finish(self) -> None:
         """End the run, waiting for what is still to be sent no longer than WANDB_FINISH_TIMEOUT and a moment."""

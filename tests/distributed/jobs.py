@@ -158,11 +158,11 @@ class Data:
 
 # Statistics that may pass through zero are compared on the scale of what they are a part of.
 SCALE_OF = {
-    "covariance": "variance",
-    "deviation_error": "deviation",
-    "diagonal_error": "diagonal",
-    "token_deviation_error": "token_deviation",
-    "residual_change": "residual_gain",
+    "covariance": ("variance",),
+    "deviation_error": ("deviation",),
+    "diagonal_error": ("diagonal",),
+    "token_deviation_error": ("token_deviation",),
+    **dict.fromkeys(("residual_change", "residual_gain"), ("residual_change", "residual_gain")),
 }
 
 
@@ -176,7 +176,7 @@ def assert_same_statistics(
     found, expected = ({key: value for key, value in of.statistics().items() if wanted(key)} for of in (job, reference))
     assert found.keys() == expected.keys() and expected
     keys = sorted(expected)
-    scale = np.array([abs(expected[*key[:3], SCALE_OF.get(key[3], key[3])]) for key in keys])
+    scale = np.array([max(abs(expected[*key[:3], of]) for of in SCALE_OF.get(key[3], (key[3],))) for key in keys])
     error = np.abs(np.array([found[key] - expected[key] for key in keys]))
     bad = error > tolerance * scale
     assert not bad.any(), [(keys[i], found[keys[i]], expected[keys[i]]) for i in np.flatnonzero(bad)[:5]]

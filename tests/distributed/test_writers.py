@@ -31,7 +31,10 @@ def test_tensorboard_and_wandb(tmp_path: Path, dense_config: Path, data: Data) -
     assert losses == pytest.approx(job.losses(), rel=1e-6)
     [offline] = tmp_path.glob("wandb/offline-run-*/*.wandb")
     content = offline.read_bytes()
-    assert b"variance/last_layer" in content and b"variance/mlp/layer_002" in content
+    assert (
+        b"variance/last_layer" in content and b"variance/mlp/layer_002" in content and b"by_layer/variance" in content
+    )
+    assert "W&B" not in job.output, "nothing failed on the way"
 
 
 def test_log(tmp_path: Path, dense_config: Path, data: Data) -> None:
