@@ -35,7 +35,9 @@ def test_a_question_is_answered_and_not_asked_twice(
     rows = pq.read_table(folder / "results_mixture_of_experts.parquet").to_pylist()
     assert [row["state"] for row in rows] == ["complete", "complete"]
     dense, experts = rows
-    assert experts["parameters"] > 1.2 * dense["parameters"]
+    mlp, expert = 3 * TINY.hidden * TINY.ffn, 3 * TINY.hidden * TINY.expert_ffn
+    added = TINY.experts * (expert + TINY.hidden) - mlp  # with the router's row for each
+    assert experts["parameters"] - dense["parameters"] == TINY.layers * added
     for measure in ("last_layer_variance", "perplexity", "causal", "permutation", "usefulness", "attention_entropy"):
         assert dense[measure] is not None and dense[measure] >= 0, measure
     assert [finding.verdict for finding in answer.findings] == ["not at this size"] * 5  # one seed tells nothing
