@@ -41,13 +41,16 @@ def write_atomically(path: Path, content: bytes) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `path` if all goes well and is gone otherwise.
 
-    Raises `UserError` if `path` is there already and not an empty folder, or cannot be made.
+    Raises `UserError` if `path` is there already and not an empty folder, if another run seems to write it, or if it
+    cannot be made.
     """
+    if path.is_symlink() or os.path.ismount(path):  # which cannot be replaced once all is done
+        raise UserError(f"{path} is a link or a mount; name a folder below it that does not exist")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} exists already; name a folder that does not, or an empty one")
     unfinished = temporary(Path(os.path.abspath(path)))
-    if unfinished.exists():  # a killed run's
-        shutil.rmtree(unfinished)
+    if unfinished.exists():
+        raise UserError(f"{unfinished} exists: another run is writing it, or a killed one has left it to be removed")
     make_folder(unfinished)
     try:
         yield unfinished

@@ -49,9 +49,10 @@ def find_tokenizer(model: Path, given: Path | None = None) -> Path:
     """
     if given is not None:
         return given / "tokenizer.json" if given.is_dir() else given
-    own = model / "tokenizer.json"
-    if own.exists():
-        return own
+    converted = (model / "hugging_face", model.absolute().parent / "hugging_face")  # what a conversion carried along
+    for own in (folder / "tokenizer.json" for folder in (model, *converted)):
+        if own.exists():
+            return own
     for folder in (model, *model.absolute().parents[:2]):  # a run, its checkpoints/, one of them
         config = folder / "config.yaml"
         named = read_config(config).get("cod.tokenizer") if config.exists() else None

@@ -56,6 +56,11 @@ PLAIN_MIXTURE: Settings = {
     "moe_latent_size": None,
     "moe_shared_expert_intermediate_size": None,
     "moe_shared_expert_gate": False,
+    "moe_mlp_glu_interleave_size": None,
+    "moe_shared_expert_glu_interleave_size": None,
+    "moe_router_force_biased": None,
+    "moe_router_force_load_balancing": False,
+    "moe_expert_rank_capacity_factor": None,
 }
 _SIZES = {
     "num_layers": "num_hidden_layers",
@@ -109,11 +114,14 @@ def decoder_settings(config: Config, *, theta: float = 10000.0, windowed: bool =
 
 def mixture_settings(config: Config, experts: str, width: str) -> Settings:
     """Those of the experts; `experts` and `width` are what the family calls their number and their width."""
+    num_experts, chosen = whole_number(config, experts), whole_number(config, "num_experts_per_tok")
+    if chosen > num_experts:
+        raise UserError(f"num_experts_per_tok {chosen} is more than the {num_experts} of {experts}")
     return {
         **PLAIN_MIXTURE,
-        "num_experts": whole_number(config, experts),
+        "num_experts": num_experts,
         "moe_ffn_hidden_size": whole_number(config, width),
-        "moe_router_topk": whole_number(config, "num_experts_per_tok"),
+        "moe_router_topk": chosen,
         # Softmax over all experts, or over the chosen, which is the same as over all and divided by their sum.
         "moe_router_pre_softmax": not config.get("norm_topk_prob", False),
         "moe_token_dispatcher_type": "alltoall",

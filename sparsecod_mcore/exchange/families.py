@@ -37,6 +37,14 @@ class Family:
         return decoder_weights(settings, self.names)
 
 
+def _mistral(config: Config) -> Settings:
+    return decoder_settings({"sliding_window": 4096} | config)  # unless it says null
+
+
+def _mistral_config(settings: Settings) -> Config:
+    return decoder_config(settings) | {"sliding_window": None}
+
+
 def _qwen(config: Config) -> Settings:
     return decoder_settings(config, windowed=bool(config.get("use_sliding_window", False)))
 
@@ -62,7 +70,8 @@ def _mixtral_config(settings: Settings) -> Config:
 def _olmoe(config: Config) -> Settings:
     if config.get("clip_qkv") is not None:
         raise UserError(f"clip_qkv {config['clip_qkv']} is not supported, null is")
-    if config.get("head_dim") not in (None, config["hidden_size"] // config["num_attention_heads"]):
+    width = whole_number(config, "hidden_size") // whole_number(config, "num_attention_heads")
+    if config.get("head_dim") not in (None, width):
         raise UserError(f"head_dim {config['head_dim']} is not supported for this family, whose norms do without it")
     mixture = mixture_settings(config, "num_experts", "intermediate_size")
     return decoder_settings(config) | mixture | {"qk_layernorm": True, "cod_full_width_qk_norm": True}
@@ -81,7 +90,10 @@ def _olmoe_config(settings: Settings) -> Config:
 
 
 def _qwen2_moe(config: Config) -> Settings:
-    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    step = whole_number({"decoder_sparse_step": 1} | config, "decoder_sparse_step")
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise UserError(f"mlp_only_layers is {dense!r}, not a list of layers")
     layers = range(whole_number(config, "num_hidden_layers"))
     mixtures = [int(layer not in dense and (layer + 1) % step == 0) for layer in layers]
     if not any(mixtures):
@@ -117,7 +129,8 @@ def _without_window(settings: Settings) -> Config:
 
 
 FAMILIES = (
-    Family(("llama", "mistral"), "LlamaForCausalLM", decoder_settings, decoder_config),
+    Family(("llama",), "LlamaForCausalLM", decoder_settings, decoder_config),
+    Family(("mistral",), "MistralForCausalLM", _mistral, _mistral_config),
     Family(("qwen2",), "Qwen2ForCausalLM", lambda config: _qwen(config) | {"add_qkv_bias": True}, _without_window),
     Family(("qwen3",), "Qwen3ForCausalLM", _qwen3, _without_window),
     Family(

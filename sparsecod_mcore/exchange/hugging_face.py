@@ -57,7 +57,9 @@ class HuggingFaceModel:
         self.files = [directory / "config.json", *self._weight_files()]
 
     def _weight_files(self) -> list[Path]:
-        index = self.directory / "model.safetensors.index.json"
+        index, single = (self.directory / f"model.safetensors{more}" for more in (".index.json", ""))
+        if single.exists():  # as transformers has it, whatever else lies there
+            return [single]
         if index.exists():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -89,6 +91,8 @@ class HuggingFaceModel:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():  # noqa: SIM118 (it is no mapping)
                         part = file.get_slice(name)
+                        if name in found:
+                            raise UserError(f"{found[name].path} and {path} both hold the tensor {name}")
                         found[name] = StoredTensor(path, tuple(part.get_shape()), part.get_dtype())
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} is no whole safetensors file ({error})") from None

@@ -91,6 +91,16 @@ HUGGING_FACE: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "",
         "hf lacks the tensor lm_head.weight, and its config.json does not tie it",
     ),
+    "a theta": (
+        lambda folder: edit_config(folder, rope_parameters=None, rope_theta="abc"),
+        "",
+        "rope_theta of the rotary embedding is 'abc', not a number above 0",
+    ),
+    "two files of the same": (
+        lambda folder: shutil.copy((folder / FILE).rename(folder / "old.safetensors"), folder / "older.safetensors"),
+        "",
+        "older.safetensors both hold the tensor",
+    ),
     "no tokenizer": (lambda folder: None, "--tokenizer nowhere", "the tokenizer nowhere cannot be read"),
     "the same kind": (lambda folder: None, "--to hf", "hf is a Hugging Face directory already, and --to hf is given"),
     "a size": (lambda folder: None, "--max-shard-size 5XB", "a size of '5XB' is given; a number with KB, MB,"),
@@ -127,6 +137,17 @@ def test_mistakes_are_told_in_one_sentence(
     sentences = re.findall(r"^error: (.*)$", capsys.readouterr().err, re.MULTILINE)
     assert end.value.code == 2 and len(sentences) == 1 and complaint in sentences[0], sentences
     assert [path.name for path in tmp_path.iterdir()] == [kind]
+
+
+def test_what_is_there_is_neither_replaced_nor_removed(fine: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "mine").touch()
+    for out, complaint in (("link", "is a link or a mount"), ("out", "out.tmp exists: another run is writing it")):
+        with pytest.raises(ValueError, match=complaint):
+            convert(Request(model=fine / "hf", out=tmp_path / out))
+    assert (tmp_path / "out.tmp" / "mine").exists() and (tmp_path / "link").is_symlink()
 
 
 def test_a_tensor_of_a_checkpoint_is_missing(fine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

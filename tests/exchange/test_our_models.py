@@ -83,6 +83,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "is True, which the closest, mixtral",
     ),
     "moe_router_score_function": (MOE | {"moe_router_score_function": "sigmoid"}, "is 'sigmoid'"),
+    "moe_mlp_glu_interleave_size": (MOE | {"moe_mlp_glu_interleave_size": 4}, "is 4"),
+    "cod_depth_control": (GQA | {"cod_depth_control": "layernorm_scaling"}, "is 'layernorm_scaling'"),
     "moe_expert_capacity_factor": (MOE | {"moe_expert_capacity_factor": 1.0}, "is 1.0"),
 }
 
