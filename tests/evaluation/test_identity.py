@@ -24,7 +24,7 @@ from tests.evaluation.harness import assert_same_items, evaluate, items_of, of_l
 
 
 @pytest.mark.parametrize("task", ["arc_easy", "arc_challenge", "hellaswag"])
-@pytest.mark.parametrize("limit", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("limit", [20, pytest.param(200, marks=pytest.mark.long)])
 def test_answers_are_those_of_lm_eval(
     example: Example, checkpoint: Path, exported: Example, tmp_path: Path, task: str, limit: int
 ) -> None:
