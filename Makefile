@@ -17,6 +17,10 @@ SLOW := slow or long
 QUESTION :=
 SIZE :=
 
+# Other settings build another extension (setup.py says which there are). auto takes whichever is there.
+SPARSECOD_CUDA ?= auto
+INSTALLED := .venv/.installed$(if $(filter-out auto,$(SPARSECOD_CUDA)),-$(SPARSECOD_CUDA))
+
 .PHONY: help demo reproduce test test-slow check gpu-check build clean
 
 help:
@@ -50,18 +54,19 @@ check: build
 gpu-check: $(if $(filter .venv/%,$(PYTHON)),.venv/.dependencies)
 	@$(PYTHON) benchmarks/gpu_check.py
 
-build: .venv/.installed
+build: $(INSTALLED)
 
 # The stamps are written by the last command of their recipe: whatever was interrupted runs again.
 .venv/.dependencies: constraints.txt tools/bootstrap.sh
 	@tools/bootstrap.sh environment constraints.txt
 	@touch $@
 
-.venv/.installed: .venv/.dependencies pyproject.toml $(EXTENSION_SOURCES)
-	@tools/bootstrap.sh install
-	@touch $@
+$(INSTALLED): .venv/.dependencies pyproject.toml $(EXTENSION_SOURCES)
+	@rm -f .venv/.installed*
+	@SPARSECOD_CUDA=$(SPARSECOD_CUDA) tools/bootstrap.sh install
+	@touch .venv/.installed $@
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .venv/.installed
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .venv/.installed*
 	find sparsecod_mcore csrc tests tools examples benchmarks \
 		'(' -name '*.so' -o -name '*.o' -o -name __pycache__ ')' -prune -exec rm -rf '{}' +

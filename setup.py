@@ -1,7 +1,9 @@
 """Builds the extension `sparsecod_mcore._C`; everything else about the package stands in pyproject.toml.
 
-SPARSECOD_CUDA=auto|on|off   CUDA kernels where a GPU, nvcc and a CUDA build of torch are found (auto); always (on), as
-                             for containers and login nodes, whose GPUs are elsewhere; or never (off)
+SPARSECOD_CUDA=auto          CUDA kernels where a GPU, nvcc and a CUDA build of torch are found
+               if-possible   the same, though no GPU is here
+               on            always, or an error: for containers and login nodes, whose GPUs are elsewhere
+               off           never
 SPARSECOD_CUDA_ARCH=90a      architectures to compile for, separated by semicolons: 80 Ampere, 90a Hopper, 100 Blackwell
 """
 
@@ -63,8 +65,8 @@ def why_no_cuda() -> str | None:
 
 def with_cuda() -> bool:
     wanted = os.environ.get("SPARSECOD_CUDA", "auto")
-    if wanted not in ("auto", "on", "off"):
-        raise SystemExit(f"error: SPARSECOD_CUDA is {wanted!r}, but must be auto, on or off")
+    if wanted not in ("auto", "if-possible", "on", "off"):
+        raise SystemExit(f"error: SPARSECOD_CUDA is {wanted!r}, but must be auto, if-possible, on or off")
     if wanted == "off":
         return False
     obstacle = why_no_cuda()

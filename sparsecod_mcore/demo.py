@@ -36,7 +36,8 @@ def run_demo(corpus_path: str | None, tokenizer: Path | None) -> None:
     corpus: Corpus = DocstringCorpus() if corpus_path is None else FileCorpus([os.path.abspath(corpus_path)])
     tokenizer = None if tokenizer is None else tokenizer.absolute()
     os.chdir(REPOSITORY)
-    folder = Path("runs") / f"demo-{fingerprint(corpus, tokenizer)}"
+    configs = [config.read_text() for config in MODELS.values()]
+    folder = Path("runs") / f"demo-{fingerprint(corpus, tokenizer, *configs)}"
     data, tokenizer = prepare(corpus, folder / "data", tokenizer, VOCABULARY_SIZE)
     unigram = unigram_perplexity(f"{data}_valid")
     print("\ntraining both models")

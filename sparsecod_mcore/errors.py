@@ -1,5 +1,6 @@
 """What a user did wrong, told in one sentence."""
 
+import errno
 import functools
 import sys
 from collections.abc import Callable, Iterable
@@ -7,6 +8,7 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 EXIT_USER_ERROR = 2
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of which a traceback tells nothing more
 
 
 class UserError(ValueError):
@@ -26,7 +28,9 @@ def exit_with(error: BaseException) -> NoReturn:
 
 
 def command_line[**P](main: Callable[P, None]) -> Callable[P, None]:
-    """Decorate a command's ``main``: a `UserError` becomes one sentence and exit code 2, an interrupt exit code 130.
+    """Decorate a command's ``main``: what ends it becomes one sentence.
+
+    The exit code is 2 for a `UserError`, 1 for a full disk, 130 for an interrupt.
 
     The message of an interrupt, if it has one, says what becomes of the work.
     """
@@ -37,8 +41,13 @@ def command_line[**P](main: Callable[P, None]) -> Callable[P, None]:
             main(*args, **kwargs)
         except UserError as error:
             exit_with(error)
+        except OSError as error:
+            if error.errno not in _NOT_WRITTEN:
+                raise
+            print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr, flush=True)
+            sys.exit(1)
         except KeyboardInterrupt as interrupt:
-            print(f"interrupted; {interrupt or 'the same command goes on from here'}", file=sys.stderr, flush=True)
+            print(f"interrupted; {str(interrupt) or 'the same command goes on from here'}", file=sys.stderr, flush=True)
             sys.exit(130)
 
     return run

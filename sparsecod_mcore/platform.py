@@ -1,6 +1,6 @@
 """CPU as a first-class platform: what Megatron asks of ``torch.cuda`` without asking whether there is one.
 
-`prepare` does nothing where a CUDA device exists. Elsewhere it stands the CPU in for "the current device", so that
+`prepare` patches nothing where a CUDA device exists. Elsewhere it stands the CPU in for "the current device", so that
 one Megatron, one launcher and one command line serve both. ``torch.cuda.is_available()`` stays False: torch itself
 never takes a CUDA path. Each function of `CPU_PATCHES` mends one need and has a test that shows the need.
 """
@@ -10,10 +10,10 @@ import logging
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
-from importlib import import_module
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -203,32 +203,27 @@ def hush_absent_gpu() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
-class _Deferred(ModuleType):
-    """Stands for a module until something of it is asked for, then gives way to it.
-
-    Not importlib's LazyLoader, which loads as soon as ``inspect`` looks for files among the modules that there are.
-    """
-
-    def __getattr__(self, attribute: str) -> Any:
-        if attribute == "__file__":  # what ``inspect`` asks of every module
-            raise AttributeError(attribute)
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-        return getattr(import_module(self.__name__), attribute)
-
-
-def defer_wandb() -> None:
-    """Megatron imports wandb wherever it is installed, 2 s in every process: it is loaded when first used instead."""
-    if "wandb" not in sys.modules and (spec := find_spec("wandb")) is not None:
-        sys.modules["wandb"] = _Deferred("wandb")
-        sys.modules["wandb"].__spec__ = spec
+@contextmanager
+def _absent(name: str) -> Iterator[None]:
+    """A module that seems not to be installed, unless it is imported already."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 @functools.cache
 def prepare() -> None:
     """Make this process able to run Megatron: call before anything else touches ``megatron``. Idempotent."""
-    defer_wandb()
-    if not has_gpu():
-        hush_absent_gpu()
-        for patch in CPU_PATCHES:
-            patch()
+    # Megatron's timers import wandb wherever it is, 2 s in every process, to compare writers with a module that is
+    # never one of ours.
+    with _absent("wandb"):
+        if not has_gpu():
+            hush_absent_gpu()
+            for patch in CPU_PATCHES:
+                patch()
+        import megatron.core.timers  # noqa: F401

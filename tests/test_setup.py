@@ -41,7 +41,7 @@ def test_cuda_on_with_a_cuda_home_that_is_none(tmp_path):
 
 def test_a_value_that_means_nothing():
     told = the_only_line(run_setup(SPARSECOD_CUDA="yes"))
-    assert told == "error: SPARSECOD_CUDA is 'yes', but must be auto, on or off"
+    assert told == "error: SPARSECOD_CUDA is 'yes', but must be auto, if-possible, on or off"
 
 
 def test_auto_without_nvcc_says_what_it_leaves_out():

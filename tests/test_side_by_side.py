@@ -1,12 +1,19 @@
-"""Commands that run at once: whose lines are whose, and what becomes of the others when one fails."""
+"""Commands that run at once: whose lines are whose, and what becomes of the others when one fails or all are ended."""
 
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from sparsecod_mcore.side_by_side import run_side_by_side
+from tests.conftest import REPOSITORY
 
-SAYS = "import os, sys; print('a', os.environ['OMP_NUM_THREADS'], flush=True); print('b', file=sys.stderr)"
+SAYS = "import os, sys; print('a', os.environ['OMP_NUM_THREADS'], flush=True); sys.stderr.buffer.write(b'\\xff')"
+SLEEPS = ["python", "-c", "import time; print('on', flush=True); time.sleep(60)"]
+IGNORES = ["python", "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); print('on'); time.sleep(60)"]
 
 
 def test_lines_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -14,15 +21,53 @@ def test_lines_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
     run_side_by_side({"one": ["python", "-c", SAYS], "other": ["python", "-c", SAYS]})
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("one   $ python -c 'import os") and lines[1].startswith("other $ python -c")
-    assert sorted(lines[2:]) == ["one   | a 3", "one   | b", "other | a 3", "other | b"]
+    assert {line.split(" -c ")[0] for line in lines if "$" in line} == {"one   $ python", "other $ python"}
+    assert sorted(line for line in lines if "|" in line) == [
+        "one   | a 3",
+        "one   | \ufffd",
+        "other | a 3",
+        "other | \ufffd",
+    ]
 
 
-def test_when_one_fails_the_others_are_ended() -> None:
+@pytest.mark.parametrize(
+    ("dies", "how", "code"), [("exit(7)", "exit code 7", 7), ("os.kill(os.getpid(), 9)", "SIGKILL", 137)]
+)
+@pytest.mark.parametrize("other", [SLEEPS, IGNORES])
+def test_when_one_fails_the_others_are_ended(
+    dies: str, how: str, code: int, other: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     began = time.monotonic()
     with pytest.raises(SystemExit) as end:
-        run_side_by_side(
-            {"fails": ["python", "-c", "exit(7)"], "sleeps": ["python", "-c", "import time; time.sleep(60)"]}
-        )
-    assert end.value.code == 7 and time.monotonic() - began < 30
+        run_side_by_side({"fails": ["python", "-c", f"import os; {dies}"], "other": other}, grace=2.0)
+    assert end.value.code == code and time.monotonic() - began < 30
+    assert f"error: fails failed ({how})" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+def test_what_ends_this_process_ends_the_commands(by: signal.Signals) -> None:
+    program = f"from sparsecod_mcore.side_by_side import run_side_by_side; run_side_by_side({{'one': {SLEEPS}}})"
+    words = [sys.executable, "-c", program]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as parent:
+        assert parent.stdout is not None and parent.stdout.readline().startswith(b"one $ python")
+        assert parent.stdout.readline() == b"one | on\n"
+        [child] = _children(parent.pid)
+        parent.send_signal(by)
+        parent.wait(30)
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def _children(parent: int) -> list[int]:
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        with open(f"/proc/{parent}/task/{parent}/children") as file:
+            if found := file.read().split():
+                return [int(number) for number in found]
+        time.sleep(0.05)
+    return []
+
+
+def test_nothing_to_run() -> None:
     run_side_by_side({})

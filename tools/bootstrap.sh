@@ -66,6 +66,8 @@ install_project() {
   # On PATH for ninja, which torch calls by name.
   PATH="$PWD/.venv/bin:$PATH" run_pip --no-build-isolation --no-deps --editable .
   .venv/bin/python -m pip check
+  .venv/bin/python -c 'import torch; from sparsecod_mcore import _C; print("the extension has",
+    "CUDA kernels" if _C.HAS_CUDA else "no CUDA kernels (SPARSECOD_CUDA=on make build compiles them without a GPU)")'
 }
 
 # Says what it does to a person watching, only what went wrong to a log. The machine's pip configuration holds, but for

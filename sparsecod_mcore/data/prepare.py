@@ -11,9 +11,9 @@ from sparsecod_mcore.data.files import FileCorpus, save_corpus
 from sparsecod_mcore.data.preprocess import preprocess
 
 
-def fingerprint(corpus: Corpus, tokenizer: Path | None) -> str:
-    """Eight digits that tell what data was made from, for the name of its folder."""
-    made_from = [corpus.identity(), None if tokenizer is None else str(tokenizer)]
+def fingerprint(corpus: Corpus, tokenizer: Path | None, *others: str) -> str:
+    """Eight digits that tell what data was made from, and what else is given, for the name of their folder."""
+    made_from = [corpus.identity(), None if tokenizer is None else str(tokenizer), *others]
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:8]
 
 

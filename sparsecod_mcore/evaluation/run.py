@@ -81,6 +81,8 @@ def evaluate_model(request: Request) -> Evaluation:
     """
     request.check()
     parallel.initialise(request.tensor, request.expert)
+    if request.task_data is None:
+        task_list.check_names_of_lm_eval(request.questions)
     tokens_NT = None
     if PERPLEXITY in request.tasks:
         tokens_NT = load_sequences(str(request.data), request.sequences, request.length)

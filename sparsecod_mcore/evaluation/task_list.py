@@ -26,24 +26,29 @@ class Tasks:
 
 
 def check_names(names: Sequence[str], task_data: Path | None) -> None:
-    """Raise `UserError` for no name at all, one given twice, or one that is no task: of those with data in the folder
-    `task_data`, or of lm-eval's.
-    """
+    """Raise `UserError` for no name at all, one given twice, or one that has no data in the folder `task_data`."""
     if not names:
         raise UserError(f"no task is named; {', '.join(PAPER_TASKS)}, {PERPLEXITY} are those of the paper")
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"the task {name!r} is named twice")
-        if name == PERPLEXITY:
-            continue
-        if task_data is not None and name not in LOCAL_TASKS:
+        if task_data is not None and name not in (*LOCAL_TASKS, PERPLEXITY):
             raise UserError(
                 f"{name!r} is no task with local data{nearest(name, [*LOCAL_TASKS, PERPLEXITY])}; "
                 f"{', '.join(LOCAL_TASKS)} are, and {PERPLEXITY} needs --data"
             )
-        if task_data is None and name not in _manager().task_index:
-            hint = nearest(name, [*_manager().all_tasks, PERPLEXITY])
-            raise UserError(f"{name!r} is no task of lm-eval{hint}; `lm-eval ls tasks` lists them")
+
+
+def check_names_of_lm_eval(names: Sequence[str]) -> None:
+    """Raise `UserError` for a name that lm-eval does not know. Collective; the first rank goes through its files."""
+
+    def check() -> None:
+        for name in names:
+            if name not in _manager().task_index:
+                hint = nearest(name, [*_manager().all_tasks, PERPLEXITY])
+                raise UserError(f"{name!r} is no task of lm-eval{hint}; `lm-eval ls tasks` lists them")
+
+    parallel.from_first(check)
 
 
 def load_tasks(names: Sequence[str], task_data: Path | None) -> Tasks:

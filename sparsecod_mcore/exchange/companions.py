@@ -39,7 +39,9 @@ class Named(NamedTuple):
 
 def tokenizer_of_run(model: Path) -> Named | None:
     """What the run was trained with that `model` is, or is the checkpoints of, or one of them; None where unknown."""
-    for folder in (model, *model.absolute().parents[:2]):
+    place = model.absolute()
+    above = [folder for folder in (place.parent, place.parents[1]) if (folder / "checkpoints") in (place, place.parent)]
+    for folder in (model, *above):
         config = folder / "config.yaml"
         named = read_config(config).get("cod.tokenizer") if config.exists() else None
         if named is not None:
@@ -55,11 +57,11 @@ def tokenizer_file(given: Path) -> Path:
 def check_vocabulary(given: Path, vocabulary_size: int) -> None:
     """Raise `UserError` if the tokenizer has tokens that a model of `vocabulary_size` does not know."""
     _, model = open_tokenizer(tokenizer_file(given))
-    size = max(model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    if size > vocabulary_size:
+    largest = max(model.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= vocabulary_size:
         raise UserError(
-            f"the tokenizer {given} has {size} tokens, more than the vocabulary of {vocabulary_size} of the model; "
-            "--tokenizer names the model's own"
+            f"the tokenizer {given} has a token {largest}, outside of the model's vocabulary of {vocabulary_size}; "
+            "give the model's own as --tokenizer"
         )
 
 

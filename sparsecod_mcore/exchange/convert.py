@@ -169,9 +169,10 @@ def _family(args: Namespace, checkpoint: Path) -> tuple[Family, Config, Path | N
 
 def _tokenizer_of_run(args: Namespace, checkpoint: Path) -> Path | None:
     """The tokenizer.json that the run's data was made with, if it is still there."""
-    named = tokenizer_of_run(checkpoint)
-    path = named.tokenizer if named is not None else getattr(args, "cod_tokenizer", None)
-    return Path(path) if path and Path(path).is_file() else None
+    of_run, of_checkpoint = tokenizer_of_run(checkpoint), getattr(args, "cod_tokenizer", None)
+    named = [of_run.tokenizer] if of_run is not None else []
+    named += [Path(of_checkpoint)] if of_checkpoint else []
+    return next((path for path in named if path.is_file()), None)
 
 
 def _common_dtype(dtypes: set[torch.dtype]) -> torch.dtype:

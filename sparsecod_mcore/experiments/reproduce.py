@@ -28,14 +28,15 @@ def reproduce(
 ) -> list[Answer]:
     """Train, score and judge the runs of the questions called `names`; print and store what was found.
 
-    Everything is in `runs`/reproduce-SIZE-…, named after the corpus. The same call goes on where it was interrupted.
-    Models that several questions share are trained once. Raises `UserError` for a size that this machine is not for.
+    Everything is in `runs`/reproduce-SIZE-…, named after the corpus and the size. The same call goes on where it was
+    interrupted. Models that several questions share are trained once. Raises `UserError` for a size that is not for
+    this machine.
     """
     questions = [question_of(name, size) for name in names]
     if size.rest.get("bf16") and not platform.has_gpu():
         raise UserError(f"size {size.name} is for a GPU, and this machine has none; micro is for CPUs")
     corpus: Corpus = DocstringCorpus() if corpus_path is None else FileCorpus([os.path.abspath(corpus_path)])
-    folder = runs / f"reproduce-{size.name}-{fingerprint(corpus, tokenizer)}"
+    folder = runs / f"reproduce-{size.name}-{fingerprint(corpus, tokenizer, repr(size))}"
     data, tokenizer = prepare(corpus, folder / "data", tokenizer, size.vocabulary)
     answers = []
     for question in questions:

@@ -141,7 +141,8 @@ def _matching(path: Path, patterns: Any) -> list[Path]:
 def _by_number(path: str) -> list[tuple[float, str]]:
     """A key that sorts numbers in names by value, each after the text before it: depth_4 before depth_16."""
     pieces = re.split(r"(\d+(?:\.\d+)?)", path.removesuffix(".yaml"))
-    return [(float(piece), "") if index % 2 else (-1.0, piece) for index, piece in enumerate(pieces)]
+    key = [(float(piece), "") if index % 2 else (-1.0, piece) for index, piece in enumerate(pieces)]
+    return [*key, (-1.0, path)]  # a_1 and a_01 the same way everywhere
 
 
 def tasks_of(sweep: Sweep) -> list[Task]:

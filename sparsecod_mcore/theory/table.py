@@ -12,10 +12,15 @@ def theory_table(results: Results) -> str:
 
 
 def by_chance(results: Results) -> str:
-    """How often a verdict against a claim that holds is to be expected."""
-    doubt = max(1 - check.confidence for check in results.checks)
+    """How many verdicts against claims that hold are to be expected."""
+    random = [
+        check
+        for check in results.checks
+        if check.kind == "law" and check.violated is None and any(point.low < point.high for point in check.points)
+    ]
+    expected = sum(1 - check.confidence for check in random)
     return (
-        f"Of {len(results.checks)} checks, {len(results.checks) * doubt:.2g} would fail by chance if all claims held; "
+        f"Of the {len(random)} laws that are checked with random figures, {expected:.2g} fail by chance if all hold; "
         "another --seed or more --samples tell."
     )
 

@@ -1,5 +1,6 @@
 """The run directory: one run's configuration, checkpoints, statistics and logs, and that they belong together."""
 
+import glob
 import os
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -64,6 +65,8 @@ FREE_TO_CHANGE = (
     "distributed_timeout_*",
 )
 
+PLACES = ("cod.data", "cod.tokenizer")
+
 
 class RunDirectory:
     """Paths inside one run's directory."""
@@ -96,7 +99,9 @@ class RunDirectory:
         changed = sorted(
             key
             for key in stored.keys() | given.keys()
-            if stored.get(key) != given.get(key) and not any(fnmatchcase(key, pattern) for pattern in free)
+            if stored.get(key) != given.get(key)
+            and not any(fnmatchcase(key, pattern) for pattern in free)
+            and not (key in PLACES and key in stored and key in given and _is_moved(stored[key], given[key]))
         )
         if changed:
             shown = ", ".join(f"{key} was {stored.get(key)!r} and is {given.get(key)!r}" for key in changed[:3])
@@ -124,5 +129,11 @@ def nest(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _located(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings with the places of data and tokenizer absolute: the same, from wherever they are named."""
-    places = {key: os.path.abspath(settings[key]) for key in ("cod.data", "cod.tokenizer") if key in settings}
+    places = {key: os.path.abspath(settings[key]) for key in PLACES if key in settings}
     return settings | places
+
+
+def _is_moved(before: str, now: str) -> bool:
+    """Whether files (a whole name, or how several begin) seem to be elsewhere now: gone, and of the same name there."""
+    place = Path(before)
+    return place.name == Path(now).name and not any(place.parent.glob(f"{glob.escape(place.name)}*"))

@@ -75,7 +75,7 @@ MISTAKES = {
     "{corpus} --tokenizer {tokenizer} --output o --valid-input absent.txt": "absent.txt does not exist",
     "{corpus} --tokenizer {tokenizer} --output o --eos-token <end>": "has no token '<end>'",
     "{corpus} --tokenizer {tokenizer} --output o --limit-documents 0": "the limit is 0 documents",
-    "{corpus} --tokenizer {tokenizer} --output {corpus}/o": "cannot be made (File exists)",
+    "{corpus} --tokenizer {tokenizer} --output {corpus}/o": "corpus.jsonl is a file",
     "{corpus} --tokenizer {tokenizer} --output o --text-key body": "line 1 has no key 'body'",
     "{corpus} --tokenizer {corpus} --output o": "is not valid JSON",
     "{corpus} --tokenizer absent.json --output o": "absent.json cannot be read",

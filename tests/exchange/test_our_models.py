@@ -102,8 +102,8 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.save(str(tmp_path / "words.json"))
     settings = GQA | {"cod_tokenizer": str(tmp_path / "words.json"), "null_tokenizer_eod_id": 2}
-    save_random_checkpoint(settings, tmp_path / "checkpoint")
-    convert(Request(model=tmp_path / "checkpoint", out=tmp_path / "out"))
+    save_random_checkpoint(settings, tmp_path / "checkpoints")
+    convert(Request(model=tmp_path / "checkpoints", out=tmp_path / "out"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
     assert tokenizer("b a b")["input_ids"] == [1, 0, 1]
     assert tokenizer.eos_token == "<|endoftext|>" and tokenizer.eos_token_id == 2
@@ -115,13 +115,13 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_bytes((tmp_path / "words.json").read_bytes())
     (tmp_path / "words.json").unlink()
-    convert(Request(model=tmp_path / "checkpoint", out=tmp_path / "without"))
+    convert(Request(model=tmp_path / "checkpoints", out=tmp_path / "without"))
     assert not (tmp_path / "without" / "tokenizer.json").exists()
-    convert(Request(model=tmp_path / "checkpoint", out=tmp_path / "with", tokenizer=other))
+    convert(Request(model=tmp_path / "checkpoints", out=tmp_path / "with", tokenizer=other))
     assert (tmp_path / "with" / "tokenizer.json").read_bytes() == other.read_bytes()
     (tmp_path / "config.yaml").write_text(f"cod:\n  tokenizer: {other}\n")  # what the run says comes before
-    convert(Request(model=tmp_path / "checkpoint", out=tmp_path / "named"))
+    convert(Request(model=tmp_path / "checkpoints", out=tmp_path / "named"))
     assert (tmp_path / "named" / "tokenizer.json").read_bytes() == other.read_bytes()
     Tokenizer(models.WordLevel({"a": 0, "b": 97}, unk_token="a")).save(str(other))
-    with pytest.raises(UserError, match=r"other\.json has 98 tokens, more than the vocabulary of 97 of the model"):
-        convert(Request(model=tmp_path / "checkpoint", out=tmp_path / "too many"))
+    with pytest.raises(UserError, match=r"other\.json has a token 97, outside of the model's vocabulary of 97;"):
+        convert(Request(model=tmp_path / "checkpoints", out=tmp_path / "too many"))

@@ -56,3 +56,19 @@ def test_places_are_kept_as_seen_from_anywhere(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     run = claimed(tmp_path)
     assert read_config(run.config)["cod.data"] == str(tmp_path / "text")
+
+
+def test_a_run_may_be_moved_with_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "before").mkdir()
+    monkeypatch.chdir(tmp_path / "before")
+    Path("text_train.idx").touch()
+    claimed(Path())
+    moved = (tmp_path / "before").rename(tmp_path / "after")
+    monkeypatch.chdir(moved)
+    RunDirectory(Path("run")).check(SETTINGS)
+    with pytest.raises(UserError, match=r"cod\.data was"):
+        RunDirectory(Path("run")).check(SETTINGS | {"cod.data": "other"})
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before" / "text_train.idx").touch()  # so there are two
+    with pytest.raises(UserError, match=r"cod\.data was"):
+        RunDirectory(Path("run")).check(SETTINGS)

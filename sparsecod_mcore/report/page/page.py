@@ -1,6 +1,7 @@
 """One self-contained HTML page of runs side by side."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -62,11 +63,15 @@ def write_report(paths: Sequence[Path], out: Path) -> list[Run]:
 
     Raises `UserError` for a path that holds neither, and where `out` cannot be written.
     """
-    if out.is_dir():
+    if os.path.isdir(out):
         raise UserError(f"--out {out} is a folder; a file is wanted, such as {out / 'report.html'}")
     runs = gather(paths)
     make_folder(out.absolute().parent)
-    write_atomically(out, render(runs).encode())
+    page = render(runs).encode()
+    try:
+        write_atomically(out, page)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror})") from error
     return runs
 
 
