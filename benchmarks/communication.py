@@ -62,10 +62,13 @@ EXPERTS = ("--expert-model-parallel-size", "2")
 
 @dataclass(frozen=True)
 class Job:
+    """A layout. `fake`: only the first rank of each pipeline stage runs, in a job that it takes to be as large."""
+
     name: str
     config: Path
     processes: int
     flags: tuple[str, ...] = ()
+    fake: bool = False
 
 
 TENSOR, PIPELINE, CONTEXT = (
@@ -97,14 +100,30 @@ def run_job(job: Job, flags: Sequence[str], steps: int, out: Path) -> list[dict[
     out.mkdir(parents=True)
     words = ["--config", str(job.config), "--cod-run-dir", str(out / "run"), "--train-iters", str(steps)]
     words += ["--lr-warmup-iters", "1", *flags, *job.flags]
-    launch([FOLDER / "recorded_training.py", out, FIRST, LAST, *words], job.processes)
-    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(job.processes)]
+    program = [FOLDER / "recorded_training.py", out, FIRST, LAST, *words]
+    if not job.fake:
+        launch(program, job.processes)
+        return [_record(out, rank) for rank in range(job.processes)]
+    stages = arguments_of(job, flags).pipeline_model_parallel_size
+    ranks = [stage * job.processes // stages for stage in range(stages)]
+    for rank in ranks:
+        run([sys.executable, *program, "--fake-process-group"], RANK=rank, WORLD_SIZE=job.processes, LOCAL_RANK=0)
+    return [_record(out, rank) for rank in ranks]
+
+
+def _record(out: Path, rank: int) -> dict[str, Any]:
+    return json.loads((out / f"rank-{rank}.json").read_text()) | {"rank": rank}
 
 
 def launch(words: Iterable[object], processes: int) -> None:
-    """Run a program under torchrun, one thread a process; its output is shown if it fails."""
-    command = [*TORCHRUN, "--nproc-per-node", str(processes), *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    """Run a program under torchrun."""
+    run([*TORCHRUN, "--nproc-per-node", processes, *words])
+
+
+def run(words: Iterable[object], **variables: object) -> None:
+    """Run a command, one thread a process; its output is shown if it fails."""
+    command = [str(word) for word in words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in variables.items()}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}\n{done.stdout[-2000:]}")
@@ -146,7 +165,8 @@ def compare_volumes(job: Job, flags: Sequence[str], records: Sequence[Mapping[st
     """A row to a rank, operation and group: calls and bytes of a step, measured and modelled."""
     stages = stages_of(arguments_of(job, flags), per_node=job.processes)
     rows = []
-    for rank, record in enumerate(records):
+    for record in records:
+        rank = record["rank"]
         stage = stages[rank * len(stages) // job.processes]
         seen, said = measured_volume(record), modelled_volume(stage)
         for key in sorted(seen.keys() | said.keys()):
@@ -164,7 +184,7 @@ def show_volumes(job: Job, rows: Sequence[Mapping[str, Any]]) -> None:
     """Of each rank whose rows differ from the rank before."""
     print(f"\n{job.name}: per rank and step, measured / modelled")
     shown: list[Mapping[str, Any]] = []
-    for rank in range(job.processes):
+    for rank in sorted({row["rank"] for row in rows}):
         of_rank = [row for row in rows if row["rank"] == rank]
         if [{**row, "rank": 0} for row in of_rank] == shown:
             continue

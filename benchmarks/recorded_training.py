@@ -138,6 +138,8 @@ class RecordedHooks(TrainingHooks):
 
 def main() -> None:
     out, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    if "--fake-process-group" in sys.argv:
+        torch.empty = torch.zeros  # what is never received is to be finite  # type: ignore[assignment]
     recorder = Recorder()
     recorder.attribute(Monitor, "collect", "statistics")
     recorder.attribute(JacobianProbes, "collect", "probes")
