@@ -62,7 +62,7 @@ EXPERTS = ("--expert-model-parallel-size", "2")
 
 @dataclass(frozen=True)
 class Job:
-    """A layout. `fake`: only the first rank of each pipeline stage runs, in a job that it takes to be as large."""
+    """A layout. `fake`: its first rank runs, and that of its last pipeline stage, each alone among fake groups."""
 
     name: str
     config: Path
@@ -105,7 +105,7 @@ def run_job(job: Job, flags: Sequence[str], steps: int, out: Path) -> list[dict[
         launch(program, job.processes)
         return [_record(out, rank) for rank in range(job.processes)]
     stages = arguments_of(job, flags).pipeline_model_parallel_size
-    ranks = [stage * job.processes // stages for stage in range(stages)]
+    ranks = sorted({0, (stages - 1) * job.processes // stages})  # those in between have no data, and would not start
     for rank in ranks:
         run([sys.executable, *program, "--fake-process-group"], RANK=rank, WORLD_SIZE=job.processes, LOCAL_RANK=0)
     return [_record(out, rank) for rank in ranks]

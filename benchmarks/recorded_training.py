@@ -4,7 +4,9 @@
 
 Every call that reaches a process group from Python is seen, whoever makes it: the methods of torch's ProcessGroup are
 replaced, below torch.distributed's functions and Megatron's names for them. Counted are the calls of steps FIRST to
-LAST, with all that happens between those steps; OUT/rank-N.json has them, and the seconds of every step.
+LAST, with all that happens between those steps; OUT/rank-N.json has them, and the seconds of every step. With
+Megatron's --fake-process-group, and RANK and WORLD_SIZE set, one process is any rank of a job of any size: it makes all
+calls, and they do nothing.
 """
 
 import functools
@@ -112,6 +114,7 @@ def group_name(group: dist.ProcessGroup) -> str:
         "pipeline": parallel_state.get_pipeline_model_parallel_group(),
         "model": parallel_state.get_model_parallel_group(),
         "ends": parallel_state.get_embedding_group(check_initialized=False),
+        "expert_tensor": parallel_state.get_expert_tensor_parallel_group(),
         "expert": parallel_state.get_expert_model_parallel_group(),
         "tensor_expert": parallel_state.get_expert_tensor_and_model_parallel_group(),
         "expert_data": parallel_state.get_expert_data_parallel_group(),
@@ -126,6 +129,7 @@ class RecordedHooks(TrainingHooks):
     recorder: Recorder
     first: int
     last: int
+    out: Path
     began: list[float]
 
     def train_step(self, original: Callable[..., Any], *args: Any, iteration: int, **kwargs: Any) -> Any:
@@ -133,25 +137,40 @@ class RecordedHooks(TrainingHooks):
         if step in (self.first, self.last + 1):
             self.recorder.counting = step == self.first
         self.began.append(time.perf_counter())
+        if step == self.last + 1 and self.args.fake_process_group:
+            self.leave()
+            os._exit(0)  # no checkpoint can be saved among ranks that do not exist
         return super().train_step(original, *args, iteration=iteration, **kwargs)
+
+    @classmethod
+    def leave(cls) -> None:
+        """Write what was counted."""
+        seconds = [after - before for before, after in itertools.pairwise(cls.began)]
+        calls = [[*key, count] for key, count in sorted(cls.recorder.calls.items())]
+        rank = os.environ.get("RANK", "0")  # process groups may be gone by now
+        (cls.out / f"rank-{rank}.json").write_text(json.dumps({"seconds": seconds, "calls": calls}))
+
+
+def receive_zeros() -> None:
+    """What fake groups never receive is to be finite numbers."""
+    torch.empty = torch.zeros  # type: ignore[assignment]
+    torch.empty_like = torch.zeros_like
+    torch.Tensor.new_empty = torch.Tensor.new_zeros  # type: ignore[method-assign]
 
 
 def main() -> None:
     out, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     if "--fake-process-group" in sys.argv:
-        torch.empty = torch.zeros  # what is never received is to be finite  # type: ignore[assignment]
+        receive_zeros()
     recorder = Recorder()
     recorder.attribute(Monitor, "collect", "statistics")
     recorder.attribute(JacobianProbes, "collect", "probes")
     recorder.attribute(JacobianProbes, "_after_layer", "probes")
-    RecordedHooks.recorder, RecordedHooks.first, RecordedHooks.last, RecordedHooks.began = recorder, first, last, []
+    RecordedHooks.recorder, RecordedHooks.first, RecordedHooks.last = recorder, first, last
+    RecordedHooks.out, RecordedHooks.began = out, []
     pretrain.TrainingHooks = RecordedHooks  # type: ignore[misc]
     pretrain.main(sys.argv[4:])
-    began = RecordedHooks.began
-    seconds = [after - before for before, after in itertools.pairwise(began)]
-    calls = [[*key, count] for key, count in sorted(recorder.calls.items())]
-    rank = os.environ.get("RANK", "0")  # process groups are gone by now
-    (out / f"rank-{rank}.json").write_text(json.dumps({"seconds": seconds, "calls": calls}))
+    RecordedHooks.leave()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ made from. Symbols in comments: T tokens of a micro-batch on one GPU before tens
 hidden size, Q and G widths of all query and key-value heads, F width of the MLP, V padded vocabulary.
 """
 
+import math
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ type Kind = Literal["tensor", "context", "pipeline", "data", "expert", "control"
 _PASSES: dict[Operation, float] = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
 _BUCKET = 40_000_000  # parameters at least; Megatron's default, DistributedDataParallelConfig.bucket_size
 _BUCKET_PER_RANK = 1_000_000
+_WHOLE, _WIDE = 128, 512  # the distributed optimizer pads buckets to multiples of these, and of the ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,15 +328,15 @@ def _data(stage: Stage) -> Iterator[Collective]:
     args, groups = stage.args, stage.groups
     for group, parameters in ((groups.data, stage.dense_parameters), (groups.expert_data, stage.expert_parameters)):
         buckets = _buckets(args, parameters, group)
-        sizes: tuple[tuple[Operation, float], ...] = (("all_reduce", parameters * stage.gradient),)
+        in_bucket = parameters / buckets
+        sizes: tuple[tuple[Operation, int], ...] = (("all_reduce", stage.gradient),)
         if args.use_distributed_optimizer:
-            sizes = (
-                ("reduce_scatter", parameters * stage.gradient),
-                ("all_gather", parameters * stage.element),
-            )
+            sizes = (("reduce_scatter", stage.gradient), ("all_gather", stage.element))
+            equal_parts = math.lcm(group.size, _WHOLE * (_WIDE if args.ddp_pad_buckets_for_high_nccl_busbw else 1))
+            in_bucket = math.ceil(in_bucket / equal_parts) * equal_parts
         for operation, size in sizes:
             yield Collective(
-                kind="data", operation=operation, group=group, payload=size / buckets, calls=buckets, in_step=True
+                kind="data", operation=operation, group=group, payload=in_bucket * size, calls=buckets, in_step=True
             )
 
 
