@@ -60,6 +60,7 @@ def calls(size: int, group: dist.ProcessGroup) -> dict[str, Callable[[], Any]]:
         "all_to_all": lambda: dist.all_to_all_single(received, whole, group=group),
         "broadcast": lambda: dist.broadcast(whole, members[0], group=group),
         "send": exchange,
+        "barrier": lambda: dist.barrier(group=group),
     }
 
 

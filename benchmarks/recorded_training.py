@@ -55,7 +55,7 @@ METHODS: dict[str, tuple[str, int]] = {
     "reduce": ("reduce", 0),
     "gather": ("gather", 1),
     "scatter": ("scatter", 1),
-    "barrier": ("barrier", -1),
+    "barrier": ("barrier", -1),  # counts as one byte
 }
 
 
@@ -74,7 +74,7 @@ class Recorder:
         @functools.wraps(original)
         def call(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
             if self.counting and group.size() > 1:
-                size = 0 if argument < 0 else _bytes((args or tuple(kwargs.values()))[argument])
+                size = 1 if argument < 0 else _bytes((args or tuple(kwargs.values()))[argument])
                 self.calls[self._who, operation, group_name(group), size] += 1
             return original(group, *args, **kwargs)
 
@@ -105,21 +105,26 @@ def _bytes(tensors: Any) -> int:
 
 def group_name(group: dist.ProcessGroup) -> str:
     """As `experiments.groups` calls it; ranks may be the same in several groups, so the object tells."""
-    known = {
-        "world": dist.group.WORLD,
-        "tensor": parallel_state.get_tensor_model_parallel_group(),
-        "context": parallel_state.get_context_parallel_group(),
-        "tensor_context": parallel_state.get_tensor_and_context_parallel_group(),
-        "data": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        "pipeline": parallel_state.get_pipeline_model_parallel_group(),
-        "model": parallel_state.get_model_parallel_group(),
-        "ends": parallel_state.get_embedding_group(check_initialized=False),
-        "expert_tensor": parallel_state.get_expert_tensor_parallel_group(),
-        "expert": parallel_state.get_expert_model_parallel_group(),
-        "tensor_expert": parallel_state.get_expert_tensor_and_model_parallel_group(),
-        "expert_data": parallel_state.get_expert_data_parallel_group(),
-    }
-    found = next((name for name, one in known.items() if one is group), None)
+    of_experts = parallel_state.get_expert_tensor_model_pipeline_parallel_group
+    known = (
+        ("world", dist.group.WORLD),
+        ("everyone", parallel_state.get_intra_distributed_optimizer_instance_group()),
+        ("stage", parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)),
+        ("tensor", parallel_state.get_tensor_model_parallel_group()),
+        ("context", parallel_state.get_context_parallel_group()),
+        ("tensor_context", parallel_state.get_tensor_and_context_parallel_group()),
+        ("data", parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        ("pipeline", parallel_state.get_pipeline_model_parallel_group()),
+        ("model", parallel_state.get_model_parallel_group()),
+        ("ends", parallel_state.get_embedding_group(check_initialized=False)),
+        ("expert", parallel_state.get_expert_model_parallel_group()),
+        ("expert_tensor", parallel_state.get_expert_tensor_parallel_group()),
+        ("tensor_expert", parallel_state.get_expert_tensor_and_model_parallel_group()),
+        ("expert_data", parallel_state.get_expert_data_parallel_group()),
+        ("expert_model", of_experts()),
+        ("expert_model", of_experts(with_egtp_remat=True)),
+    )
+    found = next((name for name, one in known if one is group), None)
     return found or f"ranks {dist.get_process_group_ranks(group)}"
 
 

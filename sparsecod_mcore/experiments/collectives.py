@@ -15,7 +15,7 @@ from typing import Literal
 from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.experiments.groups import Group, Groups, groups_of
 
-type Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "broadcast"]
+type Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "broadcast", "barrier"]
 # "control" are numbers that ranks agree on; "statistics" and "probes" are this project's own (measuring.py).
 type Kind = Literal["tensor", "context", "pipeline", "data", "expert", "control", "statistics", "probes"]
 
@@ -299,15 +299,13 @@ def _experts(stage: Stage) -> Iterator[Collective]:
     yield call("all_gather", groups.tensor_expert, counts, stage.forwards)
     if args.moe_aux_loss_coeff and "aux_loss" in args.moe_router_load_balancing_type:
         yield call("all_reduce", groups.tensor_context, 8 * args.num_experts, stage.forwards)
-    expert_tensor = groups.tensor_expert.size // groups.expert.size
-    if expert_tensor > 1:  # the ranks that share an expert see each other's rows
-        group = Group("expert_tensor", expert_tensor, min(expert_tensor, groups.tensor_expert.in_node))
-        gathered = rows * expert_tensor
-        for payload in (gathered * args.hidden_size * stage.element, gathered * gate):
-            yield call("all_gather", group, payload, stage.forwards)
-            yield call("reduce_scatter", group, payload, 1)
-        yield call("reduce_scatter", group, gathered * args.hidden_size * stage.element, stage.forwards)
-        yield call("all_gather", group, gathered * args.hidden_size * stage.element, 1)
+    group = groups.expert_tensor  # the ranks that share an expert see each other's rows
+    gathered = rows * group.size
+    for payload in (gathered * args.hidden_size * stage.element, gathered * gate):
+        yield call("all_gather", group, payload, stage.forwards)
+        yield call("reduce_scatter", group, payload, 1)
+    yield call("reduce_scatter", group, gathered * args.hidden_size * stage.element, stage.forwards)
+    yield call("all_gather", group, gathered * args.hidden_size * stage.element, 1)
 
 
 def _pipeline(stage: Stage) -> Iterator[Collective]:
@@ -334,10 +332,13 @@ def _data(stage: Stage) -> Iterator[Collective]:
             sizes = (("reduce_scatter", stage.gradient), ("all_gather", stage.element))
             equal_parts = math.lcm(group.size, _WHOLE * (_WIDE if args.ddp_pad_buckets_for_high_nccl_busbw else 1))
             in_bucket = math.ceil(in_bucket / equal_parts) * equal_parts
+        # Dense weights and experts have an optimizer each, and either gathers all weights, unless layers do it.
+        gathers = 2 if args.num_experts is not None and not args.overlap_param_gather else 1
         for operation, size in sizes:
             yield Collective(
-                kind="data", operation=operation, group=group, payload=in_bucket * size, calls=buckets, in_step=True
-            )
+                kind="data", operation=operation, group=group, payload=in_bucket * size,
+                calls=buckets * (gathers if operation == "all_gather" else 1), in_step=True,
+            )  # fmt: skip
 
 
 def _buckets(args: Namespace, parameters: float, group: Group) -> int:
@@ -351,17 +352,28 @@ def _buckets(args: Namespace, parameters: float, group: Group) -> int:
 def _control(stage: Stage) -> Iterator[Collective]:
     """Numbers that ranks agree on in every step, each in a call of its own; what they cost is latency."""
     args, groups = stage.args, stage.groups
+    with_experts = args.num_experts is not None
 
     def agree(group: Group, calls: int, payload: float = 4.0) -> Collective:
         return Collective(
             kind="control", operation="all_reduce", group=group, payload=payload, calls=calls, in_step=True
         )
 
-    # The gradient's norm; then whether the step succeeded, the norm again, and the learning rate.
-    optimizers = 2 if stage.args.num_experts is not None else 1
-    yield agree(groups.world if args.use_distributed_optimizer else groups.model, optimizers)
+    # The gradient's norm, of experts for itself; then whether the step succeeded, the norm again, the learning rate.
+    yield agree(groups.everyone if args.use_distributed_optimizer else groups.model, 1)
+    if with_experts and not args.use_distributed_optimizer:
+        yield agree(groups.expert_model, 1)
     yield agree(groups.model, 3)
     if stage.last:
         yield agree(groups.data, 1, 8.0)  # the loss and its tokens
     if args.exit_signal_handler:
         yield agree(groups.world, 1, 8.0)
+    # Losses of routers, by layer.
+    for given, group in ((args.moe_aux_loss_coeff, groups.tensor_context), (args.moe_z_loss_coeff, groups.stage)):
+        if with_experts and given:
+            for among in (groups.pipeline, group, groups.data):
+                yield agree(among, 1, 4.0 * args.num_layers)
+    # Megatron's timer of an interval waits for all ranks when it stops and when it starts.
+    yield Collective(
+        kind="control", operation="barrier", group=groups.world, payload=1, calls=2 / args.log_interval, in_step=True
+    )

@@ -28,6 +28,8 @@ class Groups:
     """Those of one rank."""
 
     world: Group
+    everyone: Group  # of the same ranks as the world: the distributed optimizer's
+    stage: Group  # the ranks of one pipeline stage
     tensor: Group
     context: Group
     tensor_context: Group
@@ -36,8 +38,10 @@ class Groups:
     model: Group  # tensor and pipeline parallel
     ends: Group  # the first and the last pipeline stage
     expert: Group
+    expert_tensor: Group
     tensor_expert: Group
     expert_data: Group
+    expert_model: Group  # expert tensor, expert and pipeline parallel
 
 
 def groups_of(args: Namespace, per_node: int) -> Groups:
@@ -56,6 +60,7 @@ def groups_of(args: Namespace, per_node: int) -> Groups:
     expert_tensor = args.expert_tensor_parallel_size or tensor
     expert = args.expert_model_parallel_size
     stage = world // pipeline
+    of_experts = expert_tensor * expert
 
     def strided(name: str, size: int, stride: int) -> Group:
         return Group(name, size, max(1, min(size, per_node // stride)))
@@ -63,6 +68,8 @@ def groups_of(args: Namespace, per_node: int) -> Groups:
     across = strided("pipeline", pipeline, stage)
     return Groups(
         world=strided("world", world, 1),
+        everyone=strided("everyone", world, 1),
+        stage=strided("stage", stage, 1),
         tensor=strided("tensor", tensor, 1),
         context=strided("context", context, tensor),
         tensor_context=strided("tensor_context", tensor * context, 1),
@@ -71,6 +78,8 @@ def groups_of(args: Namespace, per_node: int) -> Groups:
         model=Group("model", tensor * pipeline, min(tensor, per_node) * across.in_node),
         ends=strided("ends", min(2, pipeline), stage * max(1, pipeline - 1)),
         expert=strided("expert", expert, expert_tensor),
-        tensor_expert=strided("tensor_expert", expert_tensor * expert, 1),
-        expert_data=strided("expert_data", stage // (expert_tensor * expert), expert_tensor * expert),
+        expert_tensor=strided("expert_tensor", expert_tensor, 1),
+        tensor_expert=strided("tensor_expert", of_experts, 1),
+        expert_data=strided("expert_data", stage // of_experts, of_experts),
+        expert_model=Group("expert_model", of_experts * pipeline, min(of_experts, per_node) * across.in_node),
     )

@@ -112,6 +112,10 @@ def _layer(stage: Stage, shared: int, own: int) -> list[Collective]:
         width = every * args.hidden_size + (every - 1) * args.num_experts  # with tangents of every expert's gate
         call("all_to_all", groups.expert, rows_sent * width * stage.element, 2 * stage.moe_layers)
         call("all_to_all", groups.expert, rows_sent * stage.element, stage.moe_layers)
+        rows_seen = rows_sent * groups.expert_tensor.size
+        call("all_gather", groups.expert_tensor, rows_seen * width * stage.element, stage.moe_layers)
+        call("all_gather", groups.expert_tensor, rows_seen * stage.element, stage.moe_layers)
+        call("reduce_scatter", groups.expert_tensor, rows_seen * width * stage.element, stage.moe_layers)
         call("all_gather", groups.tensor_expert, 8 * args.num_experts * groups.tensor_expert.size, stage.moe_layers)
         if args.moe_shared_expert_intermediate_size:
             if gathers:

@@ -88,7 +88,7 @@ class Network:
         )
 
     def _ways(self, operation: Operation, payload: float, group: Group, wire: Wire) -> Iterator[float]:
-        if operation == "all_reduce":
+        if operation in ("all_reduce", "barrier"):  # a barrier reduces one element
             yield self._ring(2, payload, group, wire)
             steps = 2 * self._down(group, wire.tree.latency)
             yield wire.tree.latency.call + steps + 2 * payload / self._bandwidth(group, wire, wire.tree)

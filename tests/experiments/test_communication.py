@@ -10,7 +10,7 @@ from sparsecod_mcore import platform
 
 platform.prepare()
 
-from benchmarks.communication import COMMON, Job, compare_volumes, error, run_job  # noqa: E402
+from benchmarks.communication import COMMON, EXACT, Job, compare_volumes, error, run_job  # noqa: E402
 from benchmarks.gloo_costs import Line  # noqa: E402
 from sparsecod_mcore.errors import UserError  # noqa: E402
 from sparsecod_mcore.experiments.amounts import bytes_in_words, seconds_in_words  # noqa: E402
@@ -62,8 +62,10 @@ def test_volumes_are_those_of_one_rank_among_4096(experts: bool, tmp_path: Path)
 def assert_volumes(job: Job, out: Path) -> None:
     rows = compare_volumes(job, COMMON, run_job(job, COMMON, 14, out))
     assert {row["who"] for row in rows} == {"training", "statistics", "probes"}
-    wrong = [row for row in rows if row["calls"] != pytest.approx(row["modelled_calls"]) or abs(error(row)) > 1e-9]
-    assert not wrong
+    assert not [row for row in rows if row["calls"] != pytest.approx(row["modelled_calls"])]
+    # Nobody sends rows to an expert among ranks that do not exist.
+    rows = [row for row in rows if not (job.fake and row["group"] in ("expert", "expert_tensor"))]
+    assert not [row for row in rows if abs(error(row)) > EXACT]
 
 
 def laid_out(path: Path, gpus: int, *flags: str) -> Namespace:
