@@ -75,7 +75,9 @@ class Recorder:
         def call(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
             if self.counting and group.size() > 1:
                 size = 1 if argument < 0 else _bytes((args or tuple(kwargs.values()))[argument])
-                self.calls[self._who, operation, group_name(group), size] += 1
+                # With two stages Megatron sends the other way through the group of all ranks.
+                name = "pipeline" if operation == "send" else group_name(group)
+                self.calls[self._who, operation, name, size] += 1
             return original(group, *args, **kwargs)
 
         return call
