@@ -324,7 +324,11 @@ def _pipeline(stage: Stage) -> Iterator[Collective]:
 
 def _data(stage: Stage) -> Iterator[Collective]:
     args, groups = stage.args, stage.groups
-    for group, parameters in ((groups.data, stage.dense_parameters), (groups.expert_data, stage.expert_parameters)):
+    apart = _experts_apart(stage)
+    held: tuple[tuple[Group, float], ...] = ((groups.data, stage.dense_parameters + stage.expert_parameters),)
+    if apart:
+        held = ((groups.data, stage.dense_parameters), (groups.expert_data, stage.expert_parameters))
+    for group, parameters in held:
         buckets = _buckets(args, parameters, group)
         in_bucket = parameters / buckets
         sizes: tuple[tuple[Operation, int], ...] = (("all_reduce", stage.gradient),)
@@ -333,12 +337,17 @@ def _data(stage: Stage) -> Iterator[Collective]:
             equal_parts = math.lcm(group.size, _WHOLE * (_WIDE if args.ddp_pad_buckets_for_high_nccl_busbw else 1))
             in_bucket = math.ceil(in_bucket / equal_parts) * equal_parts
         # Dense weights and experts have an optimizer each, and either gathers all weights, unless layers do it.
-        gathers = 2 if args.num_experts is not None and not args.overlap_param_gather else 1
+        gathers = 2 if apart and not args.overlap_param_gather else 1
         for operation, size in sizes:
             yield Collective(
                 kind="data", operation=operation, group=group, payload=in_bucket * size,
                 calls=buckets * (gathers if operation == "all_gather" else 1), in_step=True,
             )  # fmt: skip
+
+
+def _experts_apart(stage: Stage) -> bool:
+    """Whether experts have gradients and an optimizer apart from dense weights'; not where each rank holds them all."""
+    return stage.args.num_experts is not None and stage.groups.expert.size > 1
 
 
 def _buckets(args: Namespace, parameters: float, group: Group) -> int:
@@ -361,7 +370,7 @@ def _control(stage: Stage) -> Iterator[Collective]:
 
     # The gradient's norm, of experts for itself; then whether the step succeeded, the norm again, the learning rate.
     yield agree(groups.everyone if args.use_distributed_optimizer else groups.model, 1)
-    if with_experts and not args.use_distributed_optimizer:
+    if _experts_apart(stage) and not args.use_distributed_optimizer:
         yield agree(groups.expert_model, 1)
     yield agree(groups.model, 3)
     if stage.last:
