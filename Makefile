@@ -10,6 +10,9 @@ TOKENIZER :=
 # Tests at a time. Each may start a job of four processes.
 TEST_JOBS := 2
 
+# Which of the slow tests: those marked long do at full size what others do at a smaller one.
+SLOW := slow or long
+
 # Which question of the paper to ask, at which size (micro: a CPU, small: a GPU); all and what the machine has, unless told.
 QUESTION :=
 SIZE :=
@@ -33,10 +36,10 @@ reproduce: build
 	$(PYTHON) tools/reproduce.py $(if $(SIZE),--size "$(SIZE)") $(if $(QUESTION),--question "$(QUESTION)")
 
 test: build
-	$(PYTHON) -m pytest -q -n $(TEST_JOBS) --dist worksteal -m "not slow and not gpu" --durations=10
+	$(PYTHON) -m pytest -q -n $(TEST_JOBS) --dist worksteal -m "not slow and not long and not gpu" --durations=10
 
 test-slow: build
-	$(PYTHON) -m pytest -q -m slow --durations=10
+	$(PYTHON) -m pytest -q -m "$(SLOW)" --durations=20
 
 check: build
 	$(PYTHON) -m ruff check

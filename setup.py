@@ -1,6 +1,7 @@
 """Builds the extension `sparsecod_mcore._C`; everything else about the package stands in pyproject.toml.
 
-SPARSECOD_CUDA=auto|on|off   CUDA kernels where nvcc and a CUDA build of torch are found (auto), or must be (on)
+SPARSECOD_CUDA=auto|on|off   CUDA kernels where a GPU, nvcc and a CUDA build of torch are found (auto); always (on), as
+                             for containers and login nodes, whose GPUs are elsewhere; or never (off)
 SPARSECOD_CUDA_ARCH=90a      architectures to compile for, separated by semicolons: 80 Ampere, 90a Hopper, 100 Blackwell
 """
 
@@ -67,6 +68,8 @@ def with_cuda() -> bool:
     if wanted == "off":
         return False
     obstacle = why_no_cuda()
+    if wanted == "auto" and obstacle is None and not torch.cuda.is_available():
+        obstacle = "there is no GPU here (SPARSECOD_CUDA=on builds them all the same)"
     if obstacle and wanted == "on":
         raise SystemExit(f"error: SPARSECOD_CUDA is on, but {obstacle}")
     print(f"sparsecod_mcore: building without CUDA kernels, for {obstacle}" if obstacle else "with CUDA kernels")

@@ -104,7 +104,18 @@ def add_cod_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     if not platform.has_transformer_engine():
         parser.set_defaults(**platform.LOCAL_DEFAULTS)
     parser.error = lambda message: _refuse(parser, message)  # type: ignore[method-assign]
+    _mend_help(parser)
     return parser
+
+
+def _mend_help(parser: argparse.ArgumentParser) -> None:
+    """Some of Megatron's texts have a percent sign that argparse takes for a placeholder, and --help fails on it."""
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        try:
+            formatter._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = str(action.help).replace("%", "%%")
 
 
 def _at_least(least: int, text: str) -> int:

@@ -2,9 +2,6 @@
 
 import json
 import os
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
@@ -18,6 +15,7 @@ from sparsecod_mcore.report.tables import jacobian_table, variance_table
 from sparsecod_mcore.scoring.provenance import hash_files
 from sparsecod_mcore.scoring.results import read_scores
 from sparsecod_mcore.scoring.summary import summary
+from sparsecod_mcore.side_by_side import run_side_by_side
 
 REPOSITORY = Path(__file__).parents[1]
 MODELS = {
@@ -41,37 +39,45 @@ def run_demo(corpus_path: str | None, tokenizer: Path | None) -> None:
     folder = Path("runs") / f"demo-{fingerprint(corpus, tokenizer)}"
     data, tokenizer = prepare(corpus, folder / "data", tokenizer, VOCABULARY_SIZE)
     unigram = unigram_perplexity(f"{data}_valid")
-    for name, config in MODELS.items():
-        _train(folder / name, config, data, tokenizer)
+    print("\ntraining both models")
+    run_side_by_side({name: _training(folder / name, config, data, tokenizer) for name, config in MODELS.items()})
+    for name in MODELS:
         _show(folder / name, unigram)
-        _score(folder / name, config, data)
+    print("\nscoring both models")
+    _score(folder, data)
     print(f"\ncurves: .venv/bin/tensorboard --logdir {folder}")
     make_report([folder / name for name in MODELS], folder / "report.html")
 
 
-def _train(run: Path, config: Path, data: Path, tokenizer: Path) -> None:
-    command = ["torchrun", "--standalone", "examples/pretrain_cod.py", "--config", str(config)]
-    command += ["--cod-data", str(data), "--cod-tokenizer", str(tokenizer), "--cod-run-dir", str(run)]
-    command += ["--full-validation"]
-    _run(command, [sys.executable, "-m", "torch.distributed.run", *command[1:]])
+def _training(run: Path, config: Path, data: Path, tokenizer: Path) -> list[str]:
+    command = ["python", "-m", "torch.distributed.run", "--standalone", "examples/pretrain_cod.py"]
+    command += ["--config", str(config), "--cod-data", str(data), "--cod-tokenizer", str(tokenizer)]
+    return [*command, "--cod-run-dir", str(run), "--full-validation"]
 
 
-def _score(run: Path, config: Path, data: Path) -> None:
-    """Score a few held-out sequences, of as many tokens for every model: enough to tell layers apart."""
-    out = run / "scores"
-    if _are_of_present_weights(out / "scores.json", run):
-        print(f"\n{summary(read_scores(out / 'scores.json'))}")
-        return
+def _score(folder: Path, data: Path) -> None:
+    """Score the models that have no scores, or those of earlier weights; show those of others."""
+    commands = {}
+    for name, config in MODELS.items():
+        scores = folder / name / "scores" / "scores.json"
+        if _are_of_present_weights(scores, folder / name):
+            print(f"\n{name}:\n{summary(read_scores(scores))}")
+        else:
+            commands[name] = _scoring(folder / name, config, data)
+    run_side_by_side(commands)
+
+
+def _scoring(run: Path, config: Path, data: Path) -> list[str]:
+    """A few held-out sequences, of as many tokens for every model: enough to tell layers apart."""
     settings = yaml.safe_load(config.read_text())
-    arguments = ["--model", str(run), "--data", str(data), "--out", str(out)]
+    arguments = ["--model", str(run), "--data", str(data), "--out", str(run / "scores")]
     arguments += ["--length", str(settings["seq_length"]), "--sequences", str(SCORED_TOKENS // settings["seq_length"])]
     if "num_experts" in settings:
         platform.prepare()
         from sparsecod_mcore.scoring.registry import SCORES  # imports Megatron, which nothing else here waits for
 
         arguments += ["--scores", ",".join(SCORES)]
-    command = ["tools/score_layers.py", *arguments]
-    _run(["python", *command], [sys.executable, *command])
+    return ["python", "tools/score_layers.py", *arguments]
 
 
 def _are_of_present_weights(scores: Path, run: Path) -> bool:
@@ -84,21 +90,13 @@ def _are_of_present_weights(scores: Path, run: Path) -> bool:
     return read_scores(scores).provenance.model_sha256 == hash_files(model_files(run))
 
 
-def _run(shown: list[str], command: list[str]) -> None:
-    """Run a command as a user would who types `shown`; end with its exit code if it fails."""
-    print(f"\n$ {shlex.join(shown)}", flush=True)
-    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}  # torchrun would give one
-    if code := subprocess.run(command, env=threads | os.environ, check=False).returncode:
-        sys.exit(code)
-
-
 def _show(run: Path, unigram: float) -> None:
     figures = save_variance_figure(run, run / "variance")
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     perplexity = [record["validation_perplexity"] for record in records if "validation_perplexity" in record][-1]
-    print(f"\n{variance_table(run)}\n\n{jacobian_table(run)}\n")
+    print(f"\n{run.name}\n\n{variance_table(run)}\n\n{jacobian_table(run)}\n")
     print(
-        f"validation perplexity {perplexity:.1f}; unigram perplexity of the same tokens {unigram:.1f}, "
+        f"{run.name}: validation perplexity {perplexity:.1f}; unigram perplexity of the same tokens {unigram:.1f}, "
         f"{unigram / perplexity:.1f} times as high"
     )
     print(f"figure: {', '.join(map(str, figures))}")

@@ -26,7 +26,10 @@ def exit_with(error: BaseException) -> NoReturn:
 
 
 def command_line[**P](main: Callable[P, None]) -> Callable[P, None]:
-    """Decorate a command's ``main``: a `UserError` becomes one sentence and exit code 2, an interrupt exit code 130."""
+    """Decorate a command's ``main``: a `UserError` becomes one sentence and exit code 2, an interrupt exit code 130.
+
+    The message of an interrupt, if it has one, says what becomes of the work.
+    """
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -34,8 +37,8 @@ def command_line[**P](main: Callable[P, None]) -> Callable[P, None]:
             main(*args, **kwargs)
         except UserError as error:
             exit_with(error)
-        except KeyboardInterrupt:
-            print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        except KeyboardInterrupt as interrupt:
+            print(f"interrupted; {interrupt or 'the same command goes on from here'}", file=sys.stderr, flush=True)
             sys.exit(130)
 
     return run

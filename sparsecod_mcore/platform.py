@@ -7,11 +7,13 @@ never takes a CUDA path. Each function of `CPU_PATCHES` mends one need and has a
 
 import functools
 import logging
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -111,6 +113,18 @@ def name_types_as_cuda() -> None:
     torch.Tensor.type = type_name  # type: ignore[method-assign, assignment]
 
 
+def leave_fusions_uncompiled() -> None:
+    """No compiled fusions: 40 s of compiler a process, and 2 s for importing it, which Megatron's decorators do."""
+    compile_function = torch.compile
+    torch.compile = lambda model=None, **options: model or (lambda function: function)  # type: ignore[assignment]
+    try:
+        import megatron.core.jit as jit
+        import megatron.core.transformer.moe.router  # noqa: F401  compiles without asking jit
+    finally:
+        torch.compile = compile_function
+    jit.disable_jit_fuser()
+
+
 def keep_random_state_on_cpu() -> None:
     """The CPU generator takes the device generator's part; upstream's lazy CUDA call would silently never run."""
     import megatron.core.tensor_parallel.random as parallel_random
@@ -133,10 +147,9 @@ def give_split_sizes_to_gloo() -> None:
 
 
 def skip_fusion_warm_up() -> None:
-    """No compiled fusions: 40 s of compiler a process, and their warm-up draws random numbers, differing by TP size."""
+    """The warm-up of compiled fusions, of which there are none, draws random numbers, differing by TP size."""
     import megatron.training.training as training
 
-    torch._dynamo.config.disable = True
     training.set_jit_fusion_options = lambda *args, **kwargs: None
 
 
@@ -166,6 +179,7 @@ CPU_PATCHES: tuple[Callable[[], None], ...] = (
     stand_in_for_the_device,
     place_tensors_on_cpu,
     name_types_as_cuda,
+    leave_fusions_uncompiled,
     keep_random_state_on_cpu,
     give_split_sizes_to_gloo,
     skip_fusion_warm_up,
@@ -189,9 +203,31 @@ def hush_absent_gpu() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
+class _Deferred(ModuleType):
+    """Stands for a module until something of it is asked for, then gives way to it.
+
+    Not importlib's LazyLoader, which loads as soon as ``inspect`` looks for files among the modules that there are.
+    """
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute == "__file__":  # what ``inspect`` asks of every module
+            raise AttributeError(attribute)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(import_module(self.__name__), attribute)
+
+
+def defer_wandb() -> None:
+    """Megatron imports wandb wherever it is installed, 2 s in every process: it is loaded when first used instead."""
+    if "wandb" not in sys.modules and (spec := find_spec("wandb")) is not None:
+        sys.modules["wandb"] = _Deferred("wandb")
+        sys.modules["wandb"].__spec__ = spec
+
+
 @functools.cache
 def prepare() -> None:
     """Make this process able to run Megatron: call before anything else touches ``megatron``. Idempotent."""
+    defer_wandb()
     if not has_gpu():
         hush_absent_gpu()
         for patch in CPU_PATCHES:

@@ -89,3 +89,8 @@ def test_refusals_of_the_command_line() -> None:
         settings("--num-layer", 3)
     with pytest.raises(UserError, match=r"nowhere\.yaml"):
         settings("--config", "nowhere.yaml")
+
+
+def test_help_is_given() -> None:
+    """Some of Megatron's own texts are such that argparse fails on them."""
+    assert "--cod-stats-interval" in config.build_parser().format_help()

@@ -37,17 +37,19 @@ def test_both_models_are_trained_scored_and_compared(
     """With training and scoring stood in for: what they are asked to do, and what is made of what they leave."""
     commands = []
 
-    def run(shown: list[str], command: list[str]) -> None:
-        named = dict(pairwise(shown))
-        commands.append(named)
-        if "--cod-run-dir" in named:
-            write_example_run(Path(named["--cod-run-dir"]), layers=3, steps=12, scores=False)
-        else:
-            write_scores(Path(named["--out"]), example_scores(layers=3))
+    def run(at_once: dict[str, list[str]]) -> None:
+        assert list(at_once) == ["naive", "recipe"]
+        for command in at_once.values():
+            named = dict(pairwise(command))
+            commands.append(named)
+            if "--cod-run-dir" in named:
+                write_example_run(Path(named["--cod-run-dir"]), layers=3, steps=12, scores=False)
+            else:
+                write_scores(Path(named["--out"]), example_scores(layers=3))
 
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"The {number}th sentence of a short text.\n" * 20 for number in range(200)))
-    monkeypatch.setattr(demo, "_run", run)
+    monkeypatch.setattr(demo, "run_side_by_side", run)
     monkeypatch.setattr(demo, "REPOSITORY", tmp_path)
     monkeypatch.setattr(demo, "VOCABULARY_SIZE", 300)
     monkeypatch.chdir(tmp_path)
@@ -55,7 +57,7 @@ def test_both_models_are_trained_scored_and_compared(
     (tmp_path / "examples").symlink_to(configs)
     demo.run_demo(str(text), None)
     [folder] = (tmp_path / "runs").iterdir()
-    trained, scored = commands[::2], commands[1::2]
+    trained, scored = commands[:2], commands[2:]
     assert [Path(named["--cod-run-dir"]).name for named in trained] == ["naive", "recipe"]
     assert [(named["--length"], named["--sequences"]) for named in scored] == [("128", "16"), ("256", "8")]
     assert "--scores" not in scored[0] and "moe" in scored[1]["--scores"]

@@ -2,9 +2,13 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
 
 SETUP = Path(__file__).parents[1] / "setup.py"
 
@@ -45,3 +49,10 @@ def test_auto_without_nvcc_says_what_it_leaves_out():
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].startswith("sparsecod_mcore: building without CUDA kernels, for ")
     assert done.stdout.splitlines()[-1] == "sparsecod_mcore"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None or torch.cuda.is_available(), reason="needs nvcc, and no GPU")
+def test_auto_without_a_gpu_says_how_to_build_all_the_same():
+    told = run_setup(SPARSECOD_CUDA="auto", PATH=os.environ["PATH"]).stdout.splitlines()[0]
+    reason = r"there is no GPU here \(SPARSECOD_CUDA=on builds them all the same\)|torch .*|nvcc is of CUDA .*"
+    assert re.fullmatch(f"sparsecod_mcore: building without CUDA kernels, for ({reason})", told)

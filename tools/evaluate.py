@@ -29,7 +29,13 @@ def main() -> None:
         metavar="NAME,…",
         help=f"{PERPLEXITY}, and tasks or groups of lm-eval (default: %(default)s)",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder for evaluation.json and items.jsonl, which take the place of earlier ones there",
+    )
     parser.add_argument("--task-data", type=Path, metavar="DIR", help=f"local questions for {', '.join(LOCAL_TASKS)}")
     parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="tokenizer.json (default: the model's own)")
     parser.add_argument("--eos-token", metavar="TOKEN", help="its end-of-text token, if of an unusual name")

@@ -9,18 +9,27 @@ from pathlib import Path
 
 from sparsecod_mcore.data.arguments import ArgumentParser
 from sparsecod_mcore.errors import command_line
-from sparsecod_mcore.theory.run import DEFAULT_SAMPLES, THEOREMS, Request, verify_into
+from sparsecod_mcore.theory.run import DEFAULT_SAMPLES, LEAST_SAMPLES, THEOREMS, Request, verify_into
 
 
 def numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is given, numbers such as 1,3 are accepted") from None
 
 
 @command_line
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--theorems", type=numbers, default=tuple(THEOREMS), metavar="N,...", help="of 1 to 6; all")
-    parser.add_argument("--samples", type=int, default=DEFAULT_SAMPLES, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=DEFAULT_SAMPLES,
+        metavar="N",
+        help=f"{LEAST_SAMPLES} or more; default: %(default)s",
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument(
         "--model", metavar="DIR", help="compare with this one: a run's directory, a checkpoint or a Hugging Face one"

@@ -2,8 +2,11 @@
 
 import os
 import shutil
+import signal
+import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sparsecod_mcore.errors import UserError
@@ -11,6 +14,8 @@ from sparsecod_mcore.errors import UserError
 
 def make_folder(folder: Path) -> None:
     """Make a folder for output. Raises `UserError` if it cannot be made or written to."""
+    if (file := next((path for path in (folder, *folder.parents) if path.is_file()), None)) is not None:
+        raise UserError(f"the output folder {folder} cannot be made: {file} is a file")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -32,9 +37,14 @@ def publish(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path`."""
-    temporary(path).write_bytes(content)
-    publish(path)
+    """Write `content` to `path`. Raises `UserError` if that cannot be done; then what was there is there still."""
+    try:
+        temporary(path).write_bytes(content)
+        publish(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary(path).unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
 
 
 @contextmanager
@@ -53,9 +63,25 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise UserError(f"{unfinished} exists: another run is writing it, or a killed one has left it to be removed")
     make_folder(unfinished)
     try:
-        yield unfinished
-        if path.exists():
-            path.rmdir()
-        unfinished.replace(path)
+        with _leaving_on_sigterm():
+            yield unfinished
+            if path.exists():
+                path.rmdir()
+            unfinished.replace(path)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{path} is not made, and nothing is left of it") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """SIGTERM, which by itself ends a process on the spot, raises `SystemExit` instead, so that files are removed."""
+    if threading.current_thread() is not threading.main_thread():  # where signals cannot be handled
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -49,7 +49,7 @@ def _find(folder: Path, file: str) -> Path:
         path = folder / (file + suffix)
         if path.exists():
             return path
-    raise UserError(f"{folder} holds no {file}.jsonl, nor that as .gz or .zst")
+    raise UserError(f"{folder} holds no {file}.jsonl, nor that as .gz or .zst; --tasks names those to evaluate")
 
 
 def _function(name: str) -> Callable[[str], str]:

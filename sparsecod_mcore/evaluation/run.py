@@ -57,12 +57,6 @@ class Request:
 
     def check(self) -> None:
         """Raises `UserError` for what cannot be."""
-        task_list.check_names(self.tasks, self.task_data)
-        if PERPLEXITY in self.tasks and self.data is None:
-            raise UserError("--data is needed for perplexity: .npy of tokens, or what tools/preprocess_data.py made")
-        for name, value in (("limit", self.limit), ("batch-tokens", self.batch_tokens)):
-            if value is not None and value < 1:
-                raise UserError(f"--{name} {value} is given, 1 or more is accepted")
         if self.questions:
             try:
                 version("lm_eval")
@@ -71,6 +65,12 @@ class Request:
                     f"{', '.join(self.questions)} need lm-eval: pip install -c constraints.txt lm-eval "
                     f"({PERPLEXITY} does not)"
                 ) from None
+        task_list.check_names(self.tasks, self.task_data)
+        if PERPLEXITY in self.tasks and self.data is None:
+            raise UserError("--data is needed for perplexity: .npy of tokens, or what tools/preprocess_data.py made")
+        for name, value in (("limit", self.limit), ("batch-tokens", self.batch_tokens)):
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value} is given, 1 or more is accepted")
 
 
 def evaluate_model(request: Request) -> Evaluation:

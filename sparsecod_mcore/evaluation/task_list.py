@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +26,31 @@ class Tasks:
 
 
 def check_names(names: Sequence[str], task_data: Path | None) -> None:
-    """Raise `UserError` for no name at all, one given twice, or one that has no data in the folder `task_data`.
-
-    Names of lm-eval's own tasks are checked when they are loaded: to list them takes it a while.
+    """Raise `UserError` for no name at all, one given twice, or one that is no task: of those with data in the folder
+    `task_data`, or of lm-eval's.
     """
     if not names:
         raise UserError(f"no task is named; {', '.join(PAPER_TASKS)}, {PERPLEXITY} are those of the paper")
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"the task {name!r} is named twice")
-        if task_data is not None and name not in (*LOCAL_TASKS, PERPLEXITY):
+        if name == PERPLEXITY:
+            continue
+        if task_data is not None and name not in LOCAL_TASKS:
             raise UserError(
                 f"{name!r} is no task with local data{nearest(name, [*LOCAL_TASKS, PERPLEXITY])}; "
                 f"{', '.join(LOCAL_TASKS)} are, and {PERPLEXITY} needs --data"
             )
+        if task_data is None and name not in _manager().task_index:
+            hint = nearest(name, [*_manager().all_tasks, PERPLEXITY])
+            raise UserError(f"{name!r} is no task of lm-eval{hint}; `lm-eval ls tasks` lists them")
 
 
 def load_tasks(names: Sequence[str], task_data: Path | None) -> Tasks:
     """Load lm-eval's tasks, all zero-shot, with the data in the folder `task_data` or, if None, from the hub.
 
     Collective: the first rank loads before the others, and tells what is wrong for all. Raises `UserError` for
-    unknown names, for data that cannot be had, and for tasks other than multiple choice.
+    data that cannot be had, and for tasks other than multiple choice by right answers.
     """
     if task_data is not None:
         # Read by libraries when they are imported, below.
@@ -82,20 +87,22 @@ def _local(names: Sequence[str], task_data: Path) -> Tasks:
     return Tasks(tasks, {name: [name] for name in names})
 
 
-def _from_hub(names: Sequence[str]) -> Tasks:
+@cache
+def _manager() -> Any:
+    """What lm-eval knows its tasks by, which takes it a while to gather."""
     from lm_eval.tasks import TaskManager
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager()
+
+
+def _from_hub(names: Sequence[str]) -> Tasks:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the outcome is reported below
-    manager = TaskManager()
-    for name in names:
-        if name not in manager.task_index:
-            known = [*manager.all_tasks, PERPLEXITY]
-            raise UserError(f"{name!r} is no task of lm-eval{nearest(name, known)}; `lm-eval ls tasks` lists them")
     tasks: dict[str, Any] = {}
     members: dict[str, list[str]] = {}
     for name in names:
         try:
-            loaded = manager.load([name])["tasks"]
+            loaded = _manager().load([name])["tasks"]
         except Exception as error:  # whatever the hub's client, the loader of data sets or a script of theirs raises
             reason = " ".join(str(error).split())
             raise UserError(
@@ -103,13 +110,21 @@ def _from_hub(names: Sequence[str]) -> Tasks:
                 f"--task-data DIR reads {', '.join(LOCAL_TASKS)} from local files"
             ) from error
         for task_name, task in loaded.items():
-            if task.OUTPUT_TYPE != "multiple_choice":
-                raise UserError(
-                    f"{task_name!r} is a task of type {task.OUTPUT_TYPE}, and multiple_choice ones are evaluated here"
-                )
+            check_kind(task_name, task)
             tasks[task_name] = _zero_shot(task)
         members[name] = list(loaded)
     return Tasks(tasks, members)
+
+
+def check_kind(name: str, task: Any) -> None:
+    """Raise `UserError` unless `task` is multiple choice and counts the right answers, by rules of lm-eval's own."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        raise UserError(f"{name!r} is a task of type {task.OUTPUT_TYPE}, and multiple_choice ones are evaluated here")
+    if task.config.process_results is not None or not {"acc", "acc_norm"} & task._metric_fn_list.keys():
+        raise UserError(
+            f"{name!r} counts no right answers, but scores them in a way of its own; tasks by acc or acc_norm are "
+            "evaluated here"
+        )
 
 
 def _zero_shot(task: Any) -> Any:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsecod_mcore.config import read_config
 from sparsecod_mcore.data.tokenizer import TextTokenizer, load_tokenizer
 from sparsecod_mcore.errors import UserError
+from sparsecod_mcore.exchange.companions import tokenizer_file, tokenizer_of_run
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,16 @@ def find_tokenizer(model: Path, given: Path | None = None) -> Path:
     Raises `UserError` if there is none.
     """
     if given is not None:
-        return given / "tokenizer.json" if given.is_dir() else given
+        return tokenizer_file(given)
     converted = (model / "hugging_face", model.absolute().parent / "hugging_face")  # what a conversion carried along
     for own in (folder / "tokenizer.json" for folder in (model, *converted)):
         if own.exists():
             return own
-    for folder in (model, *model.absolute().parents[:2]):  # a run, its checkpoints/, one of them
-        config = folder / "config.yaml"
-        named = read_config(config).get("cod.tokenizer") if config.exists() else None
-        if named is not None:
-            if not Path(named).exists():
-                raise UserError(f"{config} names the tokenizer {named}, which is not there; --tokenizer names it")
-            return Path(named)
+    named = tokenizer_of_run(model)
+    if named is not None:
+        if not named.tokenizer.exists():
+            raise UserError(
+                f"{named.config} names the tokenizer {named.tokenizer}, which is not there; --tokenizer names it"
+            )
+        return named.tokenizer
     raise UserError(f"{model} comes without a tokenizer; --tokenizer names one")

@@ -4,8 +4,9 @@ import json
 import shutil
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from sparsecod_mcore.config import read_config
 from sparsecod_mcore.data.tokenizer import open_tokenizer
 from sparsecod_mcore.errors import UserError
 
@@ -29,9 +30,42 @@ def carry(source: Path, target: Path, names: tuple[str, ...] = (*TOKENIZER_FILES
             shutil.copyfile(source / name, target / name)
 
 
+class Named(NamedTuple):
+    """A tokenizer.json, which need not be there, and the configuration that names it."""
+
+    tokenizer: Path
+    config: Path
+
+
+def tokenizer_of_run(model: Path) -> Named | None:
+    """What the run was trained with that `model` is, or is the checkpoints of, or one of them; None where unknown."""
+    for folder in (model, *model.absolute().parents[:2]):
+        config = folder / "config.yaml"
+        named = read_config(config).get("cod.tokenizer") if config.exists() else None
+        if named is not None:
+            return Named(Path(named), config)
+    return None
+
+
+def tokenizer_file(given: Path) -> Path:
+    """What --tokenizer means: a tokenizer.json, or the folder of one."""
+    return given / "tokenizer.json" if given.is_dir() else given
+
+
+def check_vocabulary(given: Path, vocabulary_size: int) -> None:
+    """Raise `UserError` if the tokenizer has tokens that a model of `vocabulary_size` does not know."""
+    _, model = open_tokenizer(tokenizer_file(given))
+    size = max(model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if size > vocabulary_size:
+        raise UserError(
+            f"the tokenizer {given} has {size} tokens, more than the vocabulary of {vocabulary_size} of the model; "
+            "--tokenizer names the model's own"
+        )
+
+
 def carry_tokenizer(given: Path, target: Path) -> None:
     """Copy what --tokenizer names: a folder with a tokenizer.json, or the file. Raises `UserError` for others."""
-    open_tokenizer(given / "tokenizer.json" if given.is_dir() else given)
+    open_tokenizer(tokenizer_file(given))
     for name in TOKENIZER_FILES:
         (target / name).unlink(missing_ok=True)
     if given.is_dir():

@@ -18,7 +18,14 @@ import torch
 from sparsecod_mcore.data.atomic import whole_folder
 from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.exchange import megatron
-from sparsecod_mcore.exchange.companions import TOKENIZER_FILES, carry, carry_tokenizer, complete
+from sparsecod_mcore.exchange.companions import (
+    TOKENIZER_FILES,
+    carry,
+    carry_tokenizer,
+    check_vocabulary,
+    complete,
+    tokenizer_of_run,
+)
 from sparsecod_mcore.exchange.decoder import Config, normalised
 from sparsecod_mcore.exchange.families import Family, find_family
 from sparsecod_mcore.exchange.hugging_face import HuggingFaceModel, settings_of
@@ -58,7 +65,8 @@ def convert(request: Request) -> None:
                 _to_megatron(request, folder) if checkpoint is None else _to_hugging_face(request, checkpoint, folder)
             )
     except OSError as error:  # a full disk, above all
-        raise UserError(f"{request.out} cannot be written ({error.strerror or error})") from error
+        place = f": {error.filename}" if error.filename else ""
+        raise UserError(f"{request.out} cannot be made ({error.strerror or error}{place})") from error
     print(f"{request.out}: {made}")
 
 
@@ -76,11 +84,14 @@ class _Progress(ProgressLine):
         return tensor
 
     def amounts(self, seconds: float) -> str:
-        return f"{self._done / 1e9:,.2f} GB, {self._done / 1e6 / seconds:,.0f} MB/s"
+        size = f"{self._done / 1e9:,.2f} GB" if self._done >= 1e8 else f"{self._done / 1e6:,.2f} MB"
+        return f"{size}, {self._done / 1e6 / seconds:,.0f} MB/s"
 
 
 def _to_megatron(request: Request, folder: Path) -> str:
     source = HuggingFaceModel(request.model)
+    if request.tokenizer is not None:
+        check_vocabulary(request.tokenizer, source.settings["padded_vocab_size"])
 
     def dtype(weight: Weight) -> torch.dtype:
         return request.dtype or source.dtype(weight)
@@ -114,6 +125,9 @@ def _to_hugging_face(request: Request, checkpoint: Path, folder: Path) -> str:
     tensors = CheckpointTensors(checkpoint)
     weights = list(family.weights(normalised(vars(args))))
     tensors.check(weights)
+    tokenizer = request.tokenizer or (None if carried is not None else _tokenizer_of_run(args, checkpoint))
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, args.vocab_size or args.padded_vocab_size)
     kept = _common_dtype({request.dtype or tensors.dtype(weight) for weight in weights if weight.names})
 
     def dtype(weight: Weight) -> torch.dtype:
@@ -131,7 +145,6 @@ def _to_hugging_face(request: Request, checkpoint: Path, folder: Path) -> str:
         write_sharded(folder, groups, request.max_shard_size)
     if carried is not None:
         carry(carried, folder)
-    tokenizer = request.tokenizer or (None if carried is not None else _tokenizer_of_run(args))
     if tokenizer is not None:
         carry_tokenizer(tokenizer, folder)
     config |= {} if carried is not None else complete(folder, args)
@@ -154,10 +167,11 @@ def _family(args: Namespace, checkpoint: Path) -> tuple[Family, Config, Path | N
     return family, config, None
 
 
-def _tokenizer_of_run(args: Namespace) -> Path | None:
+def _tokenizer_of_run(args: Namespace, checkpoint: Path) -> Path | None:
     """The tokenizer.json that the run's data was made with, if it is still there."""
-    named = getattr(args, "cod_tokenizer", None)
-    return Path(named) if named and Path(named).is_file() else None
+    named = tokenizer_of_run(checkpoint)
+    path = named.tokenizer if named is not None else getattr(args, "cod_tokenizer", None)
+    return Path(path) if path and Path(path).is_file() else None
 
 
 def _common_dtype(dtypes: set[torch.dtype]) -> torch.dtype:

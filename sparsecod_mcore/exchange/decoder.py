@@ -112,18 +112,25 @@ def decoder_settings(config: Config, *, theta: float = 10000.0, windowed: bool =
     }
 
 
-def mixture_settings(config: Config, experts: str, width: str) -> Settings:
-    """Those of the experts; `experts` and `width` are what the family calls their number and their width."""
+def mixture_settings(config: Config, experts: str, width: str, *, normalised: bool | None = None) -> Settings:
+    """Those of the experts; `experts` and `width` are what the family calls their number and their width.
+
+    `normalised` is whether the chosen experts' weights add up to one; None where the file says it.
+    """
     num_experts, chosen = whole_number(config, experts), whole_number(config, "num_experts_per_tok")
     if chosen > num_experts:
         raise UserError(f"num_experts_per_tok {chosen} is more than the {num_experts} of {experts}")
+    if normalised is None:
+        normalised = bool(config.get("norm_topk_prob", False))
+    if normalised and chosen == 1:  # a weight that is always 1, which Megatron's router does not do
+        raise UserError("num_experts_per_tok 1 is not supported where the weights of chosen experts add up to one")
     return {
         **PLAIN_MIXTURE,
         "num_experts": num_experts,
         "moe_ffn_hidden_size": whole_number(config, width),
         "moe_router_topk": chosen,
         # Softmax over all experts, or over the chosen, which is the same as over all and divided by their sum.
-        "moe_router_pre_softmax": not config.get("norm_topk_prob", False),
+        "moe_router_pre_softmax": not normalised,
         "moe_token_dispatcher_type": "alltoall",
     }
 

@@ -54,8 +54,8 @@ def _qwen3(config: Config) -> Settings:
 
 
 def _mixtral(config: Config) -> Settings:
-    mixture = mixture_settings(config, "num_local_experts", "intermediate_size")
-    return decoder_settings(config, theta=1e6) | mixture | {"moe_router_pre_softmax": False}
+    mixture = mixture_settings(config, "num_local_experts", "intermediate_size", normalised=True)
+    return decoder_settings(config, theta=1e6) | mixture
 
 
 def _mixtral_config(settings: Settings) -> Config:

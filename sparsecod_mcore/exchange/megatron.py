@@ -74,7 +74,7 @@ def find_checkpoint(path: Path) -> Path | None:
 
     Raises `UserError` if there are checkpoints, but none that can be read.
     """
-    if (path / "metadata.json").exists():
+    if _is_checkpoint(path):
         return _undamaged(path)
     for folder in (path / "checkpoints", path):
         choice = checkpoints.newest_whole(folder)
@@ -83,9 +83,14 @@ def find_checkpoint(path: Path) -> Path | None:
         if choice.damaged is not None:
             raise UserError(f"{choice.damaged}, and there is no older whole checkpoint in {folder}")
         release = folder / "release"
-        if (release / "metadata.json").exists():
+        if _is_checkpoint(release):
             return _undamaged(release)
     return None
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether `folder` holds a checkpoint, whole or not. Hugging Face directories may have a metadata.json too."""
+    return (folder / "metadata.json").exists() and not (folder / "config.json").exists()
 
 
 def _undamaged(checkpoint: Path) -> Path:

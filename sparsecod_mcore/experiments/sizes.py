@@ -58,7 +58,7 @@ MICRO = Size(
     deep=Shape(layers=16, hidden=48, ffn=128, heads=8, kv_heads=8),
     deep_moe=Shape(layers=16, hidden=48, ffn=72, heads=8, kv_heads=2, experts=8, top_k=2),
     vocabulary=1024, seq_length=128, global_batch=8, micro_batch=8,
-    tokens=0.75e6, eval_tokens=65_536, lr=4e-3, warmup_steps=50, scored_sequences=16,
+    tokens=0.5e6, eval_tokens=65_536, lr=4e-3, warmup_steps=50, scored_sequences=16,
     rest=_REST | {"vocab_size": 1024, "init_method_std": 0.06, "save_interval": 500},
 )  # fmt: skip
 

@@ -4,6 +4,7 @@ import glob
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -130,11 +131,17 @@ def _matching(path: Path, patterns: Any) -> list[Path]:
     """The files of one pattern or of several; those of one pattern by name, as a person would sort them."""
     found: list[Path] = []
     for pattern in patterns if isinstance(patterns, list) else [patterns]:
-        matches = sorted(glob.glob(str(pattern)))
+        matches = sorted(glob.glob(str(pattern)), key=_by_number)
         if not matches:
             _refuse(path, f"configs: no file matches {pattern}")
         found += map(Path, matches)
     return found
+
+
+def _by_number(path: str) -> list[tuple[float, str]]:
+    """A key that sorts numbers in names by value, each after the text before it: depth_4 before depth_16."""
+    pieces = re.split(r"(\d+(?:\.\d+)?)", path.removesuffix(".yaml"))
+    return [(float(piece), "") if index % 2 else (-1.0, piece) for index, piece in enumerate(pieces)]
 
 
 def tasks_of(sweep: Sweep) -> list[Task]:

@@ -118,13 +118,18 @@ def _header(watched: Watched, log: Log, target: int | None, now: float) -> Rende
     said = [f"step {done:,}" + (f" of {target:,}" if target else "")]
     if speeds:
         pace = speeds[-1]["seconds_per_step"]
-        if target:
-            said.append("done" if done >= target else f"{duration((target - done) * pace)} left")
-        said.append(f"{speeds[-1]['tokens_per_second']:,.0f} tokens/s")
-        silent = now - (watched.path / "log.jsonl").stat().st_mtime
+        quiet = now - (watched.path / "log.jsonl").stat().st_mtime
         between = pace * (speeds[-1]["iteration"] - (speeds[-2]["iteration"] if len(speeds) > 1 else 0))
-        if (not target or done < target) and silent > max(60.0, _SILENT_AFTER * between):
-            said.append(f"silent for {duration(silent)}")
+        is_done = target is not None and done >= target
+        is_silent = not is_done and quiet > max(60.0, _SILENT_AFTER * between)
+        if is_done:
+            said.append("done")
+        elif is_silent:  # stopped, or stuck: nobody knows when it ends
+            said.append(f"silent for {duration(quiet)}")
+        elif target:
+            said.append(f"{duration((target - done) * pace)} left")
+        if not is_silent:
+            said.append(f"{speeds[-1]['tokens_per_second']:,.0f} tokens/s")
     said.append(f"loss {number(last.get('loss') and float(last['loss']))}")
     said.append(f"variance of h_L {number(_latest(log, 'last_layer_variance'))}")
     if (perplexity := log.perplexity()) is not None:
@@ -151,9 +156,9 @@ def _curve(log: Log, key: str, title: str, width: int) -> RenderableType:
     plotext.theme("clear")
     plotext.plotsize(width - 1, _CURVE_HEIGHT)
     plotext.plot([finite[i][0] for i in some], [finite[i][1] for i in some], marker="braille")
-    low, high = finite[0][0], finite[-1][0]
-    ticks = [low + (high - low) * share for share in (0, 0.5, 1)]
-    plotext.xticks(ticks, [tokens(tick) for tick in ticks])
+    for set_ticks, written, of in ((plotext.xticks, tokens, 0), (plotext.yticks, number, 1)):
+        ticks = np.linspace(min(point[of] for point in finite), max(point[of] for point in finite), 3).tolist()
+        set_ticks(ticks, [written(tick) for tick in ticks])
     plotext.title(title)
     return Text.from_ansi(plotext.build())
 

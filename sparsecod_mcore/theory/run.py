@@ -12,7 +12,7 @@ from sparsecod_mcore.report.theory_figures import save_theory_figures
 from sparsecod_mcore.scoring.provenance import package_versions
 from sparsecod_mcore.theory import theorem1, theorem2, theorem3, theorem4, theorem5, theorem6
 from sparsecod_mcore.theory.results import Check, Results, write_results
-from sparsecod_mcore.theory.table import theory_table
+from sparsecod_mcore.theory.table import by_chance, theory_table
 
 THEOREMS = {1: theorem1, 2: theorem2, 3: theorem3, 4: theorem4, 5: theorem5, 6: theorem6}
 DEFAULT_SAMPLES = 10_000
@@ -93,4 +93,4 @@ def verify_into(folder: Path, request: Request) -> None:
     results = verify(request)
     path = write_results(folder, results)
     figures = save_theory_figures(path, folder / "figures")
-    print(f"{theory_table(results)}\n\n{folder}: {path.name} and {len(figures)} figures")
+    print(f"{theory_table(results)}\n\n{by_chance(results)}\n{folder}: {path.name} and {len(figures)} figures")

@@ -11,6 +11,15 @@ def theory_table(results: Results) -> str:
     return aligned([list(HEADINGS), *map(row, results.checks)], left=True)
 
 
+def by_chance(results: Results) -> str:
+    """How often a verdict against a claim that holds is to be expected."""
+    doubt = max(1 - check.confidence for check in results.checks)
+    return (
+        f"Of {len(results.checks)} checks, {len(results.checks) * doubt:.2g} would fail by chance if all claims held; "
+        "another --seed or more --samples tell."
+    )
+
+
 def row(check: Check) -> list[str]:
     """Theorem, check, claim, assumption not met; of the telling point where, prediction, measurement; the verdict."""
     point = check.telling

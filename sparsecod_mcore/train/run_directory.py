@@ -111,7 +111,7 @@ class RunDirectory:
         """Store `settings` as this run's resolved configuration (the latest, if it went on with free changes)."""
         self.path.mkdir(parents=True, exist_ok=True)
         temporary = self.config.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(yaml.safe_dump(nest(settings), sort_keys=False))
+        temporary.write_text(yaml.safe_dump(nest(_located(settings)), sort_keys=False))
         temporary.replace(self.config)
 
 

@@ -12,6 +12,7 @@ from tests.distributed.jobs import TINY
 REPOSITORY = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_all_ways_train_the_same_model(tmp_path: Path) -> None:
     program = tmp_path / "program.py"

@@ -116,10 +116,10 @@ def command(run: Path, config: Path, data: "Data", *flags: object, processes: in
     return [*launcher, *program, *map(str, [*arguments, data.tokenizer, *flags])]
 
 
-def environment(wandb: str = "without_wandb") -> dict[str, str]:
+def environment(wandb: str = "") -> dict[str, str]:
     """One thread a process, so that sums inside one do not depend on how many share the machine.
 
-    `wandb` is the folder here of what stands in for W&B; "" for W&B itself.
+    `wandb` is the folder here of what stands in for W&B.
     """
     hidden = [str(Path(__file__).parent / wandb)] if wandb else []
     paths = os.pathsep.join([*hidden, str(REPOSITORY)])
@@ -133,7 +133,7 @@ def train(
     *flags: object,
     processes: int = 1,
     ok: bool = True,
-    wandb: str = "without_wandb",
+    wandb: str = "",
 ) -> Job:
     """Run a training job to its end."""
     done = subprocess.run(

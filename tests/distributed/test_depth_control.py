@@ -26,7 +26,7 @@ ADDS = {"mix_ln": [POST] * 3 + [PLAIN], "layernorm_scaling": [PLAIN] * 4, "sandw
 
 
 @pytest.mark.parametrize(
-    "kind", ["mix_ln", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("layernorm_scaling", "sandwich_norm"))]
+    "kind", ["mix_ln", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("layernorm_scaling", "sandwich_norm"))]
 )
 def test_layouts_and_scoring(kind: str, tmp_path: Path, dense_config: Path, data: Data, dense_start: tuple) -> None:
     # No other model has weights for the norms behind branches; drawn on the CPU they are the same in both layouts.

@@ -37,13 +37,15 @@ MOE_LAYOUTS = {
     "ep2_distributed_optimizer": (2, EP2 + DISTRIBUTED_OPTIMIZER),
     "ep2_tp2_sp": (4, (*EP2, *TP2, *SP, "--expert-tensor-parallel-size", 1)),
 }
-# Beyond what is needed to trust the others; `make test-slow` runs them.
-SLOW = {"pp2_interleaved", "cp2", "tp2_sp_recompute", "ep2_distributed_optimizer", "ep2_tp2_sp"}
+# Beyond what is needed to trust the others; `make test-slow` runs them. Of those that are long, others do each half.
+SLOW = {"pp2_interleaved", "cp2", "ep2_tp2_sp"}
+LONG = {"tp2_sp_recompute", "ep2_distributed_optimizer"}
 TOLERANCE = 1e-4
 
 
 def marked(layouts: dict[str, tuple]) -> list:
-    return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in layouts]
+    marks = {name: [pytest.mark.slow] for name in SLOW} | {name: [pytest.mark.long] for name in LONG}
+    return [pytest.param(name, marks=marks.get(name, [])) for name in layouts]
 
 
 @pytest.fixture(scope="module")

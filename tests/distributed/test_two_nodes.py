@@ -51,6 +51,7 @@ def assert_finished(programs: list[Program], run: Path, one_process: Job) -> Non
     assert_same_statistics(job, one_process, TOLERANCE)
 
 
+@pytest.mark.slow
 def test_a_node_dies(
     nodes: TwoNodes, one_process: Job, tmp_path: Path, dense_config: Path, data: Data, dense_start: tuple
 ) -> None:

@@ -1,7 +1,7 @@
 """Readies the platform before any test of this folder imports Megatron, and makes the models that are evaluated."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ platform.prepare()
 
 from sparsecod_mcore.data.bpe import train_tokenizer  # noqa: E402
 from sparsecod_mcore.data.files import FileCorpus  # noqa: E402
+from sparsecod_mcore.exchange.convert import Request, convert  # noqa: E402
 from tests.scoring.conftest import leave_no_process_group  # noqa: E402, F401  a fixture
 from tests.scoring.random_models import save_as_megatron  # noqa: E402
 
@@ -71,3 +72,11 @@ def checkpoint(example: Example) -> Path:
     folder = example.hugging_face.with_name("torch_dist")
     save_as_megatron(example.hugging_face, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def exported(example: Example, checkpoint: Path) -> Example:
+    """What this project makes of that checkpoint for `transformers`."""
+    folder = checkpoint.with_name("exported")
+    convert(Request(model=checkpoint, out=folder, tokenizer=example.tokenizer))
+    return replace(example, hugging_face=folder)

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.evaluation import run
+from sparsecod_mcore.evaluation.task_list import check_kind, check_names, load_tasks
 from tests.distributed.jobs import REPOSITORY
 from tests.scoring.random_models import GQA, random_tokens, save_random_checkpoint
 
@@ -100,3 +102,22 @@ def test_mistakes_are_told_in_one_sentence(
     monkeypatch.setattr(run, "version", not_installed)
     assert_complains("no lm-eval", "", "arc_easy need lm-eval: pip install -c constraints.txt lm-eval")
     assert not (tmp_path / "out").exists()
+
+
+def test_tasks_of_lm_eval_that_are_not_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"^'helaswag' is no task of lm-eval \(did you mean 'hellaswag'\?\)"):
+        check_names(["perplexity", "helaswag"], None)
+    (tmp_path / "arc_easy_test.jsonl").write_text(json.dumps(ROW) + "\n")
+    task = load_tasks(["arc_easy"], tmp_path).tasks["arc_easy"]
+    check_kind("fine", task)
+    ways = {
+        "_metric_fn_list": ({"brier_score": None}, "'other' counts no right answers, but scores them in a way of its"),
+        "OUTPUT_TYPE": ("generate_until", "'other' is a task of type generate_until, and multiple_choice ones are"),
+    }
+    for attribute, (value, complaint) in ways.items():
+        with monkeypatch.context() as other, pytest.raises(UserError, match=complaint):
+            other.setattr(task, attribute, value)
+            check_kind("other", task)
+    task.set_config("process_results", lambda document, results: {"acc": 1.0})  # as truthfulqa_mc2 has
+    with pytest.raises(UserError, match="'own' counts no right answers, but scores them in a way of its own"):
+        check_kind("own", task)

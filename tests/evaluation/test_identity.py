@@ -24,15 +24,18 @@ from tests.evaluation.harness import assert_same_items, evaluate, items_of, of_l
 
 
 @pytest.mark.parametrize("task", ["arc_easy", "arc_challenge", "hellaswag"])
-@pytest.mark.parametrize("limit", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("limit", [20, pytest.param(200, marks=pytest.mark.long)])
 def test_answers_are_those_of_lm_eval(
-    example: Example, checkpoint: Path, tmp_path: Path, task: str, limit: int
+    example: Example, checkpoint: Path, exported: Example, tmp_path: Path, task: str, limit: int
 ) -> None:
-    """To the first questions of a task, from a Hugging Face directory and from a checkpoint of Megatron's."""
+    """To the first questions of a task, from a Hugging Face directory and from a checkpoint of Megatron's.
+
+    lm-eval's model reads what was exported of that checkpoint.
+    """
     usual: dict[str, Any] = {"tasks": [task], "task_data": example.task_data, "limit": limit}
     found = evaluate(example.hugging_face, tmp_path / "hf", **usual)
     from_checkpoint = evaluate(checkpoint, tmp_path / "checkpoint", tokenizer=example.tokenizer, **usual)
-    expected, expected_items = run_tasks(of_lm_eval(example), load_tasks([task], example.task_data), limit)
+    expected, expected_items = run_tasks(of_lm_eval(exported), load_tasks([task], example.task_data), limit)
     assert found.tasks == from_checkpoint.tasks == expected
     assert expected[task].items == limit and 0 < expected[task].metrics["acc_norm"].value < 1
     for name in ("hf", "checkpoint"):

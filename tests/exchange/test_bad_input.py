@@ -1,9 +1,12 @@
 """What a user can get wrong: exit code 2, one sentence that names the tensor or the file, and nothing left behind."""
 
+import errno
 import json
+import os
 import re
 import runpy
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from sparsecod_mcore.exchange import torch_dist
 from sparsecod_mcore.exchange.convert import Request, convert
 from sparsecod_mcore.exchange.hugging_face import HuggingFaceModel
+from sparsecod_mcore.exchange.megatron import find_model
 from sparsecod_mcore.exchange.weights import Weight
 from tests.distributed.jobs import REPOSITORY
 from tests.exchange import families
@@ -176,10 +180,12 @@ def test_what_is_there_is_left_alone(fine: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "release" / "metadata.json").exists()
 
 
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("kind", ["hf", "megatron"])
 def test_an_interrupted_conversion_leaves_nothing(
-    kind: str, fine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, by: signal.Signals, fine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     reader = HuggingFaceModel if kind == "hf" else torch_dist.CheckpointTensors
     read = reader.read
     reads: list[Weight] = []
@@ -188,10 +194,29 @@ def test_an_interrupted_conversion_leaves_nothing(
         reads.append(weight)
         if len(reads) == 5:
             assert list(tmp_path.iterdir()) == [tmp_path / "out.tmp"]
-            raise KeyboardInterrupt
+            signal.raise_signal(by)
         return read(self, weight, *others)
 
     monkeypatch.setattr(reader, "read", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt if by is signal.SIGINT else SystemExit) as stop:
         convert(Request(model=fine / kind, out=tmp_path / "out"))
-    assert len(reads) == 5 and not list(tmp_path.iterdir())
+    assert len(reads) == 5 and not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) is before
+    assert str(stop.value) == (
+        f"{tmp_path / 'out'} is not made, and nothing is left of it" if by is signal.SIGINT else "143"
+    )
+
+
+def test_what_cannot_be_written_is_named(fine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "part.safetensors")
+
+    monkeypatch.setattr("sparsecod_mcore.exchange.convert.write_sharded", full)
+    with pytest.raises(ValueError, match=r"out cannot be made \(No space left on device: part.safetensors\)"):
+        convert(Request(model=fine / "megatron", out=tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_hugging_face_s_own_metadata_is_no_checkpoint(fine: Path, tmp_path: Path) -> None:
+    shutil.copytree(fine / "hf", tmp_path / "hf")
+    (tmp_path / "hf" / "metadata.json").write_text("{}")
+    assert find_model(tmp_path / "hf") is None

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparsecod_mcore.errors import UserError
-from sparsecod_mcore.exchange.decoder import decoder_settings
+from sparsecod_mcore.exchange.decoder import decoder_settings, mixture_settings
 from sparsecod_mcore.scoring.stack import load_stack, model_files
 
 CONFIG = {
@@ -96,6 +96,14 @@ def test_rotary_embeddings(tmp_path: Path) -> None:
 
     torch.testing.assert_close(found, torch.tensor([scaled(f) for f in plain.tolist()]).double(), rtol=1e-6, atol=0)
     assert found[-1] < plain[-1] / 30
+
+
+def test_one_expert_whose_weight_is_always_one_is_refused() -> None:
+    config = CONFIG | {"num_experts": 4, "moe_intermediate_size": 8, "num_experts_per_tok": 1, "norm_topk_prob": True}
+    with pytest.raises(UserError, match="num_experts_per_tok 1 is not supported where the weights of chosen experts"):
+        mixture_settings(config, "num_experts", "moe_intermediate_size")
+    alone = mixture_settings(config | {"norm_topk_prob": False}, "num_experts", "moe_intermediate_size")
+    assert alone["moe_router_topk"] == 1 and alone["moe_router_pre_softmax"]
 
 
 def test_settings() -> None:

@@ -119,3 +119,9 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     assert not (tmp_path / "without" / "tokenizer.json").exists()
     convert(Request(model=tmp_path / "checkpoint", out=tmp_path / "with", tokenizer=other))
     assert (tmp_path / "with" / "tokenizer.json").read_bytes() == other.read_bytes()
+    (tmp_path / "config.yaml").write_text(f"cod:\n  tokenizer: {other}\n")  # what the run says comes before
+    convert(Request(model=tmp_path / "checkpoint", out=tmp_path / "named"))
+    assert (tmp_path / "named" / "tokenizer.json").read_bytes() == other.read_bytes()
+    Tokenizer(models.WordLevel({"a": 0, "b": 97}, unk_token="a")).save(str(other))
+    with pytest.raises(UserError, match=r"other\.json has 98 tokens, more than the vocabulary of 97 of the model"):
+        convert(Request(model=tmp_path / "checkpoint", out=tmp_path / "too many"))

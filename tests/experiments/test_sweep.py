@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from sparsecod_mcore import platform
 
@@ -199,3 +200,12 @@ def test_shipped_sweeps_name_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(REPOSITORY)
     tasks = tasks_of(read_sweep(path))
     assert len(tasks) > 3 and all("num_layers" in task.settings for task in tasks)
+
+
+def test_configurations_come_in_the_order_of_their_numbers(path: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(path.read_text())
+    for layers, name in enumerate(("depth_16", "depth_4", "decay_0.1", "decay_0.01", "decay_0"), 1):
+        (tmp_path / f"{name}.yaml").write_text(f"num_layers: {layers}\n")
+    path.write_text(yaml.safe_dump(content | {"configs": [str(tmp_path / "d*_*.yaml")], "grid": {}, "seeds": []}))
+    names = [task.name for task in tasks_of(read_sweep(path))]
+    assert names == ["decay_0", "decay_0.01", "decay_0.1", "depth_4", "depth_16"]

@@ -61,7 +61,7 @@ def test_exact_jacobians(stack: Stack, inputs: list[torch.Tensor], expected: lis
             assert abs(found[name].item() - value) <= 1e-4 * abs(value), (layer, name, found[name], value)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_many_probes_agree_within_their_own_error(
     stack: Stack, inputs: list[torch.Tensor], expected: list[dict[str, float]]

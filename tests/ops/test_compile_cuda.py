@@ -38,7 +38,7 @@ TELLING = [source for source in KERNELS if source.stem in ("rms_norm_jvp", "flas
 @pytest.mark.parametrize("architecture", OTHER_ARCHITECTURES)
 @pytest.mark.parametrize(
     "source",
-    [source if source in TELLING else pytest.param(source, marks=pytest.mark.slow) for source in KERNELS],
+    [source if source in TELLING else pytest.param(source, marks=pytest.mark.long) for source in KERNELS],
     ids=lambda source: source.stem,
 )
 def test_values_stay_in_registers_on_other_architectures(source, architecture):

@@ -1,8 +1,10 @@
 """The report is one whole page, says the runs' own figures, and copes with runs that are not whole."""
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import re
 import warnings
 from pathlib import Path
@@ -14,7 +16,7 @@ from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.monitor.parquet import read_statistics
 from sparsecod_mcore.report.gather import gather
 from sparsecod_mcore.report.page.command import make_report
-from sparsecod_mcore.report.page.page import FIGURES, render
+from sparsecod_mcore.report.page.page import FIGURES, render, write_report
 from sparsecod_mcore.scoring.results import read_scores, write_scores
 from tests.report.example_runs import LADDER, write_example_run, write_ladder
 from tests.report.page_parts import Page
@@ -173,3 +175,21 @@ def test_other_paths_are_the_users_mistake(tmp_path: Path) -> None:
         gather([tmp_path / "nowhere"])
     with pytest.raises(UserError, match="holds neither a run"):
         gather([tmp_path])
+
+
+def test_a_place_where_no_report_can_be_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_example_run(tmp_path / "run", layers=2, steps=12)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--out .* is a folder; a file is wanted, such as .*run/report\.html"):
+        write_report([run], run)
+    with pytest.raises(UserError, match=r"cannot be made: .*/file is a file"):
+        write_report([run], tmp_path / "file" / "report.html")
+    with monkeypatch.context() as full:
+        full.setattr("os.fsync", _no_space)
+        with pytest.raises(UserError, match=r"report\.html cannot be written \(No space left on device\)"):
+            write_report([run], tmp_path / "report.html")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
+
+
+def _no_space(_: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -30,7 +30,8 @@ def test_a_frame_fits_and_says_what_is_known(width: int, tmp_path: Path) -> None
     assert int(bars[0][0]) == 0 and int(bars[-1][0]) == 19 and len(bars) == 16
     assert len(bars[-1][2]) > len(bars[0][2])
     assert any(0x2800 < ord(letter) < 0x2900 for letter in frame), "curves are drawn"
-    assert "silent" not in frame and "silent for 8.33 min" in " ".join(shown(watched, width, 500.0).split())
+    later = " ".join(shown(watched, width, 500.0).split())
+    assert "silent" not in frame and "step 30 of 90 · silent for 8.33 min · loss" in later and "left" not in later
 
 
 def test_a_run_that_has_just_begun_or_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,6 +93,7 @@ def test_a_table_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     printed = capsys.readouterr().out
     results = read_results(tmp_path / "theory.json")
     assert theory_table(results) in printed
+    assert f"Of {len(results.checks)} checks, {len(results.checks) / 100:.2g} would fail by chance" in printed
     heading, _, *rows = theory_table(results).splitlines()
     assert len(rows) == len(results.checks) and heading.split()[:2] == ["theorem", "check"]
     assert "outputs of heads are independent" in rows[3] and "times the prediction" in rows[3]
@@ -120,5 +121,6 @@ def test_what_cannot_be_is_refused(request_: dict[str, Any], complaint: str) -> 
 def test_the_command_line_complains_in_one_sentence(tmp_path: Path) -> None:
     words = [sys.executable, str(TOOL), "--theorems", "one", "--out", str(tmp_path / "out")]
     done = subprocess.run(words, capture_output=True, text=True, cwd=TOOL.parents[1], env={"PYTHONPATH": "."})
-    assert done.returncode == 2 and done.stderr.startswith("error: argument --theorems: ")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: argument --theorems: 'one' is given, numbers such as 1,3 are accepted")
     assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()

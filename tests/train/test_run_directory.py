@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from sparsecod_mcore.config import read_config
 from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.train.run_directory import RunDirectory
 
@@ -49,3 +50,9 @@ def test_something_left_out_makes_another_run(tmp_path: Path) -> None:
     run = claimed(tmp_path)
     with pytest.raises(UserError, match=r"lr was 0\.001 and is None"):
         run.check({key: value for key, value in SETTINGS.items() if key != "lr"})
+
+
+def test_places_are_kept_as_seen_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = claimed(tmp_path)
+    assert read_config(run.config)["cod.data"] == str(tmp_path / "text")

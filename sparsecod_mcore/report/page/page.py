@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sparsecod_mcore.data.atomic import make_folder, write_atomically
+from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.report.diagnosis import diagnose
 from sparsecod_mcore.report.gather import Run, gather
 from sparsecod_mcore.report.page import score_figures, training_figures
@@ -61,6 +62,8 @@ def write_report(paths: Sequence[Path], out: Path) -> list[Run]:
 
     Raises `UserError` for a path that holds neither, and where `out` cannot be written.
     """
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; a file is wanted, such as {out / 'report.html'}")
     runs = gather(paths)
     make_folder(out.absolute().parent)
     write_atomically(out, render(runs).encode())

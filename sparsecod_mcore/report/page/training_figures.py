@@ -228,8 +228,8 @@ def variance_by_depth(runs: Numbered) -> Figure:
     return by_depth(
         runs, [run.at_end("layer_output", "variance") for _, run in runs], key="variance-depth",
         title="Variance against depth at the end of training", y_label="variance", remedy=_NO_STATISTICS,
-        see="A straight rise on a logarithmic axis is growth by the same factor in every layer; a flat end is a stream "
-        "that late layers hardly add to.",
+        see="Growth by the same factor in every layer is a straight rise where the axis is logarithmic, and one that "
+        "bends upwards where it is not; a flat end is a stream that late layers hardly add to.",
     )  # fmt: skip
 
 
