@@ -1,6 +1,6 @@
 """The model of communication that plans are made with, held against real jobs of one to four processes on this machine.
 
-    benchmarks/communication.py [--save]
+    benchmarks/communication.py [--volumes] [--save]
 
 Every job trains a small model with gloo. Volume: each call that a process makes to a process group is intercepted, and
 calls and bytes are compared, by operation and group and on every rank, with what `experiments.collectives` and
@@ -232,7 +232,8 @@ def measure_gloo(processes: int, folder: Path) -> dict[str, Any]:
     """Seconds of each operation at several sizes, on so many processes."""
     path = folder / f"gloo-{processes}.json"
     launch([FOLDER / "gloo_costs.py", path], processes)
-    return json.loads(path.read_text())  # type: ignore[no-any-return]
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def gloo_of(found: Mapping[str, Any]) -> Gloo:
@@ -265,24 +266,41 @@ def measure_alone(config: Path, flags: Sequence[str], steps: int, folder: Path) 
     )
 
 
-def modelled_seconds(job: Job, flags: Sequence[str], alone: Alone, gloo: Gloo) -> dict[str, float]:
-    """Of a step without probes: processes share the cores evenly, and nothing runs beside anything."""
-    args = arguments_of(job, [*flags, "--cod-jacobian-interval", "0", "--cod-kurtosis-interval", "0"])
-    crowd = max(1.0, job.processes / len(os.sched_getaffinity(0)))
-    stages = {stage: [replace(one, beside=0.0) for one in sent_by(stage)] for stage in stages_of(args, job.processes)}
-    time = step_time(stages, count_flops(args), gloo, alone.flops_per_second / crowd)
-    held = max(stage.dense_parameters + stage.expert_parameters for stage in stages)
-    fixed = alone.seconds_in_step * crowd * held / alone.parameters
-    waits = sum(time.exposed.values())
-    return {"compute": time.compute, "bubble": time.bubble, "communication": waits, "fixed": fixed} | {
-        "seconds": time.total + fixed
-    }
+@dataclass(frozen=True)
+class Times:
+    """What steps are modelled from: gloo by number of processes, and computing by configuration."""
+
+    gloo: Mapping[int, Mapping[str, Any]]
+    alone: Mapping[Path, Alone]
+
+    @staticmethod
+    def measure(jobs: Sequence[Job], flags: Sequence[str], steps: int, folder: Path) -> "Times":
+        """For `jobs`, on this machine, now: what else runs on it is in the figures."""
+        gloo = {processes: measure_gloo(processes, folder) for processes in sorted({job.processes for job in jobs})}
+        configs = dict.fromkeys(job.config for job in jobs)
+        return Times(gloo, {config: measure_alone(config, flags, steps, folder) for config in configs})
+
+    def modelled(self, job: Job, flags: Sequence[str]) -> dict[str, float]:
+        """Seconds of a step without probes: processes share the cores evenly, and nothing runs beside anything."""
+        args = arguments_of(job, [*flags, "--cod-jacobian-interval", "0", "--cod-kurtosis-interval", "0"])
+        alone = self.alone[job.config]
+        crowd = max(1.0, job.processes / len(os.sched_getaffinity(0)))
+        stages = {
+            stage: [replace(one, beside=0.0) for one in sent_by(stage)] for stage in stages_of(args, job.processes)
+        }
+        gloo = gloo_of(self.gloo[job.processes])
+        time = step_time(stages, count_flops(args), gloo, alone.flops_per_second / crowd)
+        held = max(stage.dense_parameters + stage.expert_parameters for stage in stages)
+        fixed = alone.seconds_in_step * crowd * held / alone.parameters
+        parts = {"compute": time.compute, "bubble": time.bubble, "communication": sum(time.exposed.values())}
+        return {"seconds": time.total + fixed} | parts | {"fixed": fixed}
 
 
 @command_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=36, help="of a job, 14 or more (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=36, help="of a job that is timed (default: %(default)s)")
+    parser.add_argument("--volumes", action="store_true", help="count only; time nothing")
     parser.add_argument("--only", nargs="*", metavar="JOB", help="jobs by name (default: all)")
     parser.add_argument("--save", action="store_true", help="write the result to benchmarks/results/")
     arguments = parser.parse_args()
@@ -292,20 +310,20 @@ def main() -> None:
     results |= machine("cpu") | {"jobs": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        timed = {processes: measure_gloo(processes, folder) for processes in sorted({job.processes for job in jobs})}
-        results["gloo"] = {str(processes): found for processes, found in timed.items()}
-        alone = {
-            config: measure_alone(config, flags, arguments.steps, folder) for config in {job.config for job in jobs}
-        }
+        times = None if arguments.volumes else Times.measure(jobs, flags, arguments.steps, folder)
+        if times is not None:
+            results |= {"gloo": {str(processes): found for processes, found in times.gloo.items()}}
         for number, job in enumerate(jobs):
-            records = run_job(job, flags, arguments.steps, folder / str(number))
+            steps = LAST + 2 if times is None else arguments.steps
+            records = run_job(job, flags, steps, folder / str(number))
             rows = compare_volumes(job, flags, records)
             show_volumes(job, rows)
-            modelled = modelled_seconds(job, flags, alone[job.config], gloo_of(timed[job.processes]))
-            measured = seconds_of(records)
-            parts = ", ".join(f"{part} {seconds:.4f}" for part, seconds in modelled.items() if part != "seconds")
-            print(f"  step: measured {measured:.4f} s, modelled {modelled['seconds']:.4f} s ({parts})")
-            results["jobs"][job.name] = {"volumes": rows, "measured_seconds": measured, "modelled": modelled}
+            results["jobs"][job.name] = {"volumes": rows, "load": os.getloadavg()[0]}
+            if times is not None:
+                found = {"measured_seconds": seconds_of(records), "modelled": times.modelled(job, flags)}
+                parts = ", ".join(f"{part} {seconds:.4f}" for part, seconds in found["modelled"].items())
+                print(f"  step: measured {found['measured_seconds']:.4f} s, modelled {parts}")
+                results["jobs"][job.name] |= found
     if arguments.save:
         path = RESULTS / "communication_micro.json"
         path.write_text(json.dumps(results, indent=2) + "\n")

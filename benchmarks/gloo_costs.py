@@ -49,8 +49,8 @@ def calls(size: int, group: dist.ProcessGroup) -> dict[str, Callable[[], Any]]:
     received = torch.zeros_like(whole)
 
     def exchange() -> None:  # each sends to the next, as stages of a pipeline do in its steady state
-        pending = [dist.isend(whole, peer, group=group), dist.irecv(received, other, group=group)]
-        for one in pending:
+        for one in (dist.isend(whole, peer, group=group), dist.irecv(received, other, group=group)):
+            assert one is not None  # this rank is in the group
             one.wait()
 
     return {
@@ -68,7 +68,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     world = dist.get_world_size()
-    groups = {world: dist.group.WORLD}
+    groups = {world: dist.new_group(list(range(world)))}
     if world == 4:
         pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
         groups[2] = pairs[dist.get_rank() // 2]

@@ -273,10 +273,11 @@ def _context(stage: Stage, ring: bool) -> Iterator[Collective]:
                 beside=beside,
             )  # fmt: skip
     else:
-        for operation, calls in (("all_gather", 2 * stage.forwards), ("reduce_scatter", 2)):
+        gathered: tuple[tuple[Operation, int], ...] = (("all_gather", 2 * stage.forwards), ("reduce_scatter", 2))
+        for operation, calls in gathered:
             yield Collective(
                 kind="context", operation=operation, group=group, payload=size * keys, calls=stage.layers * calls
-            )  # type: ignore[arg-type]
+            )
 
 
 def _experts(stage: Stage) -> Iterator[Collective]:

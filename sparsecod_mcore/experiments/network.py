@@ -131,7 +131,7 @@ class Network:
 def network_of(gpu: Gpu) -> Network:
     """Nodes as NVIDIA sells them with this GPU. NVLink across nodes (GB200 NVL72) is not modelled."""
     most = _MOST.get(gpu.kind, _BLACKWELL)
-    wires = (_low_latency(0.6e-6, most), _LL128, _SIMPLE)
+    wires: tuple[Wire, ...] = (_low_latency(0.6e-6, most), _LL128, _SIMPLE)
     if "PCIe" in gpu.kind:
         wires = (_low_latency(1e-6, most), _SIMPLE_ON_PCIE)
     return Network(_IN_NODE[gpu.kind], _BETWEEN_NODES.get(gpu.kind, _NDR), wires)

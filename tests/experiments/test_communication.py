@@ -112,8 +112,9 @@ def test_gradients_are_sent_twice_round_and_weights_once() -> None:
     args = laid_out(DENSE, 8)
     (stage,) = stages_of(args, per_node=8)
     parameters = count_parameters(args).total
-    assert total(stage, "data", "reduce_scatter") == 4 * parameters
-    assert total(stage, "data", "all_gather") == 2 * parameters
+    # With the distributed optimizer each of 32 buckets is padded, here to a multiple of 128.
+    assert 4 * parameters <= total(stage, "data", "reduce_scatter") < 4 * (parameters + 32 * 128)
+    assert 2 * parameters <= total(stage, "data", "all_gather") < 2 * (parameters + 32 * 128)
     args.use_distributed_optimizer = False
     assert total(stage, "data", "all_reduce") == 4 * parameters
 
@@ -148,8 +149,8 @@ def test_large_reductions_take_their_bytes_and_small_ones_their_steps() -> None:
     assert all_reduce(8e9, rails) == pytest.approx(2 * 63 / 64 * 8e9 / 370.8e9, rel=0.02)  # eight adapters to a node
     assert all_reduce(8e9, spread) == pytest.approx(2 * 63 / 64 * 8e9 / 50e9, rel=0.02)
     # Small: down and up a tree of 512 or 2048 nodes of eight, in steps of 5 µs, behind 7 steps of 0.6 µs.
-    assert all_reduce(8, Group("", 4096, 8)) == pytest.approx(6.8e-6 + 2 * (7 * 0.6e-6 + 9 * 5e-6), rel=1e-6)
-    assert all_reduce(8, Group("", 16384, 8)) == pytest.approx(6.8e-6 + 2 * (7 * 0.6e-6 + 11 * 5e-6), rel=1e-6)
+    assert all_reduce(8, Group("", 4096, 8)) == pytest.approx(6.8e-6 + 2 * (7 * 0.6e-6 + 9 * 5e-6), rel=1e-4)
+    assert all_reduce(8, Group("", 16384, 8)) == pytest.approx(6.8e-6 + 2 * (7 * 0.6e-6 + 11 * 5e-6), rel=1e-4)
 
 
 class Constant:
@@ -182,7 +183,11 @@ def test_a_step_is_its_pipeline_and_what_nothing_hides() -> None:
 
 
 def test_a_plan_of_4096_gpus_says_what_is_sent_and_how_long_it_takes() -> None:
-    plan = make_plan(DENSE, ["--global-batch-size", "1024", *TENSOR, *PIPELINE], machine_of("H100", 4096, 0.4))
+    plan = make_plan(
+        DENSE,
+        ["--global-batch-size", "2048", "--micro-batch-size", "1", *TENSOR, *PIPELINE],
+        machine_of("H100", 4096, 0.4),
+    )
     text = describe(plan)
     for words in ("vendor's figures", "tensor parallel", "pipeline", "data parallel", "control", "MFU with all that"):
         assert words in text
