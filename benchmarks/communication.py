@@ -85,6 +85,7 @@ JOBS = (
     Job("DP2", DENSE, 2),
     Job("DP2, distributed optimizer", DENSE, 2, DISTRIBUTED),
     Job("EP2 (with DP2), experts", MOE, 2, EXPERTS),
+    Job("DP2, experts, distributed optimizer", MOE, 2, DISTRIBUTED),
     Job("DP4", DENSE, 4),
     Job("DP4, distributed optimizer", DENSE, 4, DISTRIBUTED),
     Job("TP2 x PP2", DENSE, 4, (*TENSOR, *PIPELINE)),

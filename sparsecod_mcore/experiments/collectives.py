@@ -330,7 +330,7 @@ def _data(stage: Stage) -> Iterator[Collective]:
     if apart:
         held = ((groups.data, stage.dense_parameters), (groups.expert_data, stage.expert_parameters))
     for group, parameters in held:
-        buckets = _buckets(args, parameters, group)
+        buckets = stage.chunks * _buckets(args, parameters / stage.chunks, group)
         in_bucket = parameters / buckets
         sizes: tuple[tuple[Operation, int], ...] = (("all_reduce", stage.gradient),)
         if args.use_distributed_optimizer:
