@@ -321,10 +321,10 @@ def main() -> None:
             show_volumes(job, rows)
             results["jobs"][job.name] = {"volumes": rows, "load": os.getloadavg()[0]}
             if times is not None:
-                found = {"measured_seconds": seconds_of(records), "modelled": times.modelled(job, flags)}
-                parts = ", ".join(f"{part} {seconds:.4f}" for part, seconds in found["modelled"].items())
-                print(f"  step: measured {found['measured_seconds']:.4f} s, modelled {parts}")
-                results["jobs"][job.name] |= found
+                measured, modelled = seconds_of(records), times.modelled(job, flags)
+                parts = ", ".join(f"{part} {seconds:.4f}" for part, seconds in modelled.items())
+                print(f"  step: measured {measured:.4f} s, modelled {parts}")
+                results["jobs"][job.name] |= {"measured_seconds": measured, "modelled": modelled}
     if arguments.save:
         path = RESULTS / "communication_micro.json"
         path.write_text(json.dumps(results, indent=2) + "\n")
