@@ -325,10 +325,9 @@ def main() -> None:
                 parts = ", ".join(f"{part} {seconds:.4f}" for part, seconds in modelled.items())
                 print(f"  step: measured {measured:.4f} s, modelled {parts}")
                 results["jobs"][job.name] |= {"measured_seconds": measured, "modelled": modelled}
-    if arguments.save:
-        path = RESULTS / "communication_micro.json"
-        path.write_text(json.dumps(results, indent=2) + "\n")
-        print(f"wrote {path}")
+            if arguments.save:  # what is done is kept, whatever happens to the rest
+                path = RESULTS / "communication_micro.json"
+                path.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
