@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What runs take: parameters, FLOPs, tokens, steps, memory, a parallel layout and GPU-hours; no GPU is needed.
+"""What runs take: parameters, FLOPs, tokens, steps, memory, a parallel layout, communication, time; no GPU is needed.
 
 Any flag of Megatron overrides all configurations; parallel sizes among them give the layout, else one is suggested.
 """
@@ -13,7 +13,13 @@ from sparsecod_mcore.errors import UserError, command_line
 platform.prepare()  # before anything imports Megatron
 
 from sparsecod_mcore.experiments.budgets import describe_match  # noqa: E402
-from sparsecod_mcore.experiments.plan import describe, machine_of, make_plan  # noqa: E402
+from sparsecod_mcore.experiments.plan import (  # noqa: E402
+    describe,
+    describe_candidates,
+    fastest_layouts,
+    machine_of,
+    make_plan,
+)
 
 
 @command_line
@@ -22,14 +28,22 @@ def main() -> None:
     parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG")
     parser.add_argument("--gpus", type=int, default=8, metavar="N", help="default: %(default)s")
     parser.add_argument("--gpu", default="H100", metavar="KIND", help="default: %(default)s")
-    parser.add_argument("--mfu", type=float, default=0.4, metavar="SHARE", help="assumed (default: %(default)s)")
+    parser.add_argument(
+        "--mfu", type=float, default=0.4, metavar="SHARE", help="assumed, while computing (default: %(default)s)"
+    )
+    parser.add_argument("--compare", type=int, metavar="N", help="also show the N layouts with the shortest steps")
     parser.add_argument("--match", choices=("tokens", "flops", "params"), help="compare budgets with the first's")
     arguments, flags = parser.parse_known_args()
     if arguments.match is not None and len(arguments.configs) < 2:
         raise UserError("--match compares configurations: two or more are needed")
     machine = machine_of(arguments.gpu, arguments.gpus, arguments.mfu)
     plans = [make_plan(path, flags, machine) for path in arguments.configs]
-    print("\n\n".join(map(describe, plans)))
+    texts = [describe(plan) for plan in plans]
+    if arguments.compare is not None:
+        for index, path in enumerate(arguments.configs):
+            candidates = fastest_layouts(path, flags, machine, arguments.compare)
+            texts[index] += f"\n{describe_candidates(candidates)}"
+    print("\n\n".join(texts))
     if arguments.match is not None:
         print(f"\n{describe_match(plans, arguments.match)}")
 

@@ -74,13 +74,25 @@ def suggest_layout(args: Namespace, gpus: int, gpu: Gpu) -> tuple[Layout, Memory
     Cutting costs communication: pipelines most, then contexts, then tensors; experts least. Then it is better not to
     recompute, and to have large micro-batches. Raises `UserError` where nothing is possible or fits.
     """
+    return next(possible_layouts(args, gpus, gpu))
+
+
+def possible_layouts(args: Namespace, gpus: int, gpu: Gpu) -> Iterator[tuple[Layout, Memory]]:
+    """Layouts that fit, of the validated one-GPU `args`, those first that cut the model least.
+
+    Raises `UserError`, before the first, where nothing is possible or fits.
+    """
     least: Memory | None = None
+    fits = False
     for layout in sorted(_possible(args, gpus, gpu), key=_cost):
         memory = estimate_memory(with_layout(args, layout))
         if memory.total <= _FILLED * gpu.memory:
-            return layout, memory
+            fits = True
+            yield layout, memory
         if least is None or memory.total < least.total:
             least = memory
+    if fits:
+        return
     if least is None:
         raise UserError(
             f"{gpus} GPUs can not share {args.num_attention_heads} heads, {args.num_layers} layers and a global batch "

@@ -6,21 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsecod_mcore.errors import UserError
-from sparsecod_mcore.experiments.amounts import in_words
+from sparsecod_mcore.experiments.amounts import in_words, seconds_in_words
 from sparsecod_mcore.experiments.arguments import planned_arguments
 from sparsecod_mcore.experiments.flops import Flops, count_flops
 from sparsecod_mcore.experiments.gpus import Gpu, gpu_of
-from sparsecod_mcore.experiments.layouts import Layout, layout_of, suggest_layout
+from sparsecod_mcore.experiments.layouts import Layout, layout_of, possible_layouts, suggest_layout, with_layout
 from sparsecod_mcore.experiments.memory import Memory, estimate_memory
 from sparsecod_mcore.experiments.parameters import Parameters, count_parameters
 from sparsecod_mcore.experiments.remarks import remarks_on
+from sparsecod_mcore.experiments.scale import Scale, describe_scale, estimate_scale
 
 _LAYOUT_FLAGS = ("tensor-model", "pipeline-model", "context", "expert-model")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a run is planned for; `mfu` is the share of the peak that it is assumed to reach."""
+    """What a run is planned for; `mfu` is the share of the peak that GPUs are assumed to reach while they compute."""
 
     gpu: Gpu
     gpus: int
@@ -37,6 +38,7 @@ class Plan:
     layout: Layout
     memory: Memory
     given: bool  # whether the layout was given, not suggested
+    scale: Scale | None  # None where communication is not modelled; a remark says why
     remarks: tuple[str, ...]
 
     @property
@@ -73,17 +75,67 @@ def make_plan(path: Path, flags: Sequence[str], machine: Machine) -> Plan:
     remarks = remarks_on(path, args)
     if memory.total > machine.gpu.memory:
         remarks += (f"does not fit: {memory.total / 1e9:.0f} GB of {machine.gpu.memory / 1e9:.0f} GB",)
+    flops, scale = count_flops(args), None
+    try:
+        scale = estimate_scale(args, machine.gpu, machine.mfu, flops)
+    except UserError as error:
+        remarks += (str(error),)
     return Plan(
         path=path,
         args=args,
         parameters=count_parameters(args),
-        flops=count_flops(args),
+        flops=flops,
         machine=machine,
         layout=layout_of(args),
         memory=memory,
         given=given,
+        scale=scale,
         remarks=remarks,
     )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    layout: Layout
+    memory: Memory
+    scale: Scale
+
+
+def fastest_layouts(path: Path, flags: Sequence[str], machine: Machine, count: int) -> list[Candidate]:
+    """Up to `count` layouts that fit, those whose steps are modelled to be shortest, in that order.
+
+    Raises `UserError` for what training would refuse, and for what is not modelled.
+    """
+    if count < 1:
+        raise UserError(f"--compare {count} is given, 1 or more is accepted")
+    if given := [flag for flag in flags if any(f"--{name}-parallel-size" in flag for name in _LAYOUT_FLAGS)]:
+        raise UserError(f"--compare looks for layouts itself, and {given[0]} gives one")
+    args = planned_arguments(path, flags)
+    flops = count_flops(args)
+    found = []
+    for layout, memory in possible_layouts(args, machine.gpus, machine.gpu):
+        scale = estimate_scale(with_layout(args, layout), machine.gpu, machine.mfu, flops)
+        found.append(Candidate(layout, memory, scale))
+    return sorted(found, key=lambda candidate: candidate.scale.time.total)[:count]
+
+
+def describe_candidates(candidates: Sequence[Candidate]) -> str:
+    """A line to a layout, shortest step first."""
+    lines = ["  fastest of the layouts that fit (modelled):"]
+    for one in candidates:
+        time = one.scale.time
+        lines.append(
+            f"    {seconds_in_words(time.total):>8}  {one.scale.mfu:5.1%} MFU  {one.memory.total / 1e9:5.1f} GB  "
+            f"bubble {time.bubble / time.total:5.1%}  waits for communication "
+            f"{sum(time.exposed.values()) / time.total:5.1%}  {_sizes(one.layout)}"
+        )
+    return "\n".join(lines)
+
+
+def _sizes(layout: Layout) -> str:
+    sizes = {"TP": layout.tensor, "PP": layout.pipeline, "CP": layout.context, "EP": layout.expert, "DP": layout.data}
+    recompute = ", full recomputation" if layout.recompute else ""
+    return f"{' '.join(f'{name}{size}' for name, size in sizes.items())}, micro-batch {layout.micro_batch}{recompute}"
 
 
 def describe(plan: Plan) -> str:
@@ -99,7 +151,6 @@ def describe(plan: Plan) -> str:
         "router": count.router,
         "norms": count.norms,
     }
-    sizes = {"TP": layout.tensor, "PP": layout.pipeline, "CP": layout.context, "EP": layout.expert, "DP": layout.data}
     machine = plan.machine
     lines = [
         f"{plan.path}",
@@ -110,13 +161,12 @@ def describe(plan: Plan) -> str:
         f"{args.seq_length}), {flops.total:.3e} in all",
         f"  tokens       {in_words(plan.tokens)} in {args.train_iters} steps of {args.global_batch_size} x "
         f"{args.seq_length}",
-        f"  layout       {' '.join(f'{name}{size}' for name, size in sizes.items())}, micro-batch "
-        f"{layout.micro_batch}{', full recomputation' if layout.recompute else ''} "
-        f"({'given' if plan.given else 'suggested'}): {' '.join(layout.flags)}",
+        f"  layout       {_sizes(layout)} ({'given' if plan.given else 'suggested'}): {' '.join(layout.flags)}",
         f"  memory       {memory.total / 1e9:.1f} GB of {machine.gpu.memory / 1e9:.0f} GB a GPU (weights and optimizer "
         f"{memory.weights_and_optimizer / 1e9:.1f}, activations {memory.activations / 1e9:.1f}; estimated)",
         f"  time         {plan.gpu_hours:.3g} GPU-hours on {machine.gpu.kind} at {machine.mfu:.0%} MFU: "
         f"{plan.gpu_hours / machine.gpus:.3g} h on {machine.gpus}",
+        *(() if plan.scale is None else describe_scale(plan.scale, args.train_iters)),
         *(f"  ! {remark}" for remark in plan.remarks),
     ]
     return "\n".join(lines)

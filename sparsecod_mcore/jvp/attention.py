@@ -111,7 +111,7 @@ def split_heads(module: SelfAttention, mixed: Tensor) -> tuple[Tensor, Tensor, T
     width, group = module.hidden_size_per_attention_head, module.pg_collection.tp
     num_query_groups = module.config.num_query_groups
     ranks_per_group = max(1, module.world_size // num_query_groups)
-    heads_per_group = num_heads * ranks_per_group // groups
+    heads_per_group = num_heads // groups  # Megatron counts a spread group's heads whole
     own_group, share = divmod(group.rank(), ranks_per_group)
     if ranks_per_group > 1:
         mixed = all_gather_last_dim_from_tensor_parallel_region(mixed.contiguous(), group=group)
@@ -119,7 +119,8 @@ def split_heads(module: SelfAttention, mixed: Tensor) -> tuple[Tensor, Tensor, T
     q, k, v = mixed.unflatten(-1, (groups, heads_per_group + 2, width)).split([heads_per_group, 1, 1], -2)
     q = q.flatten(-3, -2)
     if ranks_per_group > 1:
-        q = q[..., share * num_heads : (share + 1) * num_heads, :]
+        own = num_heads // ranks_per_group
+        q = q[..., share * own : (share + 1) * own, :]
     return q, k.squeeze(-2), v.squeeze(-2)
 
 

@@ -28,6 +28,7 @@ DENSE_LAYOUTS = {
     "cp2": (2, CP2),
     "dp2_distributed_optimizer": (2, DISTRIBUTED_OPTIMIZER + PER_RANK),
     "tp2_pp2": (4, TP2 + PP2),
+    "tp4": (4, ("--tensor-model-parallel-size", 4)),  # each of the two query groups is spread over two ranks
     "recompute": (1, RECOMPUTE),
     "tp2_sp_recompute": (2, TP2 + SP + RECOMPUTE),
 }

@@ -1,0 +1,389 @@
+"""What training sends: every collective of one GPU in one step, by kind, with its bytes.
+
+Counted from the code of Megatron 0.19.2 and of this project that runs them, not from a paper's formula; tests and
+benchmarks/communication.py hold the counts against intercepted calls of real jobs. `Stage` holds what all of it is
+made from. Symbols in comments: T tokens of a micro-batch on one GPU before tensor parallel ranks share them out, H
+hidden size, Q and G widths of all query and key-value heads, F width of the MLP, V padded vocabulary.
+"""
+
+import math
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from sparsecod_mcore.errors import UserError
+from sparsecod_mcore.experiments.groups import Group, Groups, groups_of
+
+type Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "broadcast", "barrier"]
+# "control" are numbers that ranks agree on; "statistics" and "probes" are this project's own (measuring.py).
+type Kind = Literal["tensor", "context", "pipeline", "data", "expert", "control", "statistics", "probes"]
+
+# How often the bytes of a payload leave a GPU, per (n - 1) / n of a group of n. A point-to-point send leaves once.
+_PASSES: dict[Operation, float] = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
+_BUCKET = 40_000_000  # parameters at least; Megatron's default, DistributedDataParallelConfig.bucket_size
+_BUCKET_PER_RANK = 1_000_000
+_WHOLE, _WIDE = 128, 512  # the distributed optimizer pads buckets to multiples of these, and of the ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """Equal calls of one GPU. A payload is the whole buffer: of a gather its result, of a scatter its input."""
+
+    kind: Kind
+    operation: Operation
+    group: Group
+    payload: float  # bytes of one call
+    calls: float  # in a micro-batch, or in a step
+    in_step: bool = False  # once a step, not once a micro-batch
+    beside: float = 0.0  # floating-point operations of this GPU that Megatron lets run beside one call
+
+    @property
+    def sent(self) -> float:
+        """Bytes that leave this GPU in one call, by the algorithms that send least (rings)."""
+        size = self.group.size
+        return self.payload * (_PASSES[self.operation] * (size - 1) / size if self.operation in _PASSES else 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One pipeline stage of validated `args`, and sizes that its collectives are made from; equal to itself alone."""
+
+    args: Namespace
+    number: int
+    groups: Groups
+
+    @property
+    def first(self) -> bool:
+        return self.number == 0
+
+    @property
+    def last(self) -> bool:
+        return self.number == self.args.pipeline_model_parallel_size - 1
+
+    @property
+    def layers(self) -> int:
+        return self.args.num_layers // self.args.pipeline_model_parallel_size
+
+    @property
+    def moe_layers(self) -> int:
+        """Of those, the ones with experts."""
+        frequency, layers = self.args.moe_layer_freq, range(self.number * self.layers, (self.number + 1) * self.layers)
+        if self.args.num_experts is None:
+            return 0
+        if isinstance(frequency, int):
+            return sum(layer % frequency == 0 for layer in layers)
+        return sum(frequency[layer] for layer in layers)
+
+    @property
+    def chunks(self) -> int:
+        """Parts of the model that a GPU holds, with virtual pipeline stages."""
+        return self.args.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def tokens(self) -> float:
+        """T."""
+        return self.args.micro_batch_size * self.args.seq_length / self.args.context_parallel_size
+
+    @property
+    def element(self) -> int:
+        """Bytes of an activation or a parameter."""
+        return 2 if self.args.bf16 or self.args.fp16 else 4
+
+    @property
+    def gradient(self) -> int:
+        """Bytes of a gradient where ranks add gradients up."""
+        return 4 if self.args.accumulate_allreduce_grads_in_fp32 else self.element
+
+    @property
+    def heads_width(self) -> int:
+        """Q + 2 G: what the projection to queries, keys and values puts out."""
+        args = self.args
+        return int(args.kv_channels * (args.num_attention_heads + 2 * args.num_query_groups))
+
+    @property
+    def activation(self) -> float:
+        """Bytes of hidden states, T H."""
+        return self.tokens * self.args.hidden_size * self.element
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes of a layer for one backward pass."""
+        return 2 if self.args.recompute_granularity == "full" else 1
+
+    @property
+    def micro_batches(self) -> int:
+        return int(self.args.global_batch_size // (self.args.micro_batch_size * self.args.data_parallel_size))
+
+    @property
+    def dense_parameters(self) -> float:
+        """That this GPU holds, without experts."""
+        args, tensor = self.args, self.args.tensor_model_parallel_size
+        matrices = 3 if args.swiglu else 2
+        embedding = args.padded_vocab_size * args.hidden_size / tensor
+        attention = args.hidden_size * (self.heads_width + args.kv_channels * args.num_attention_heads) / tensor
+        mlp = matrices * args.hidden_size * args.ffn_hidden_size / tensor
+        shared = matrices * args.hidden_size * (args.moe_shared_expert_intermediate_size or 0) / tensor
+        ends = self.first + (self.last and (args.untie_embeddings_and_output_weights or not self.first))
+        per_moe_layer = shared + args.hidden_size * (args.num_experts or 0)
+        layers = self.layers * attention + (self.layers - self.moe_layers) * mlp + self.moe_layers * per_moe_layer
+        return ends * embedding + layers + self.norm_parameters
+
+    @property
+    def norm_parameters(self) -> int:
+        width = self.args.hidden_size * (1 if self.args.normalization == "RMSNorm" else 2)
+        return int((2 * self.layers + self.last) * width)
+
+    @property
+    def expert_parameters(self) -> float:
+        """That this GPU holds of experts."""
+        args = self.args
+        matrices = 3 if args.swiglu else 2
+        experts = (args.num_experts or 0) / (self.groups.tensor_expert.size)
+        return self.moe_layers * experts * matrices * args.hidden_size * (args.moe_ffn_hidden_size or 0)
+
+
+def stages_of(args: Namespace, per_node: int) -> list[Stage]:
+    """Every pipeline stage of validated `args`, `per_node` GPUs to a node.
+
+    Raises `UserError` for what is not modelled.
+    """
+    uneven = [
+        name
+        for name in (
+            "decoder_first_pipeline_num_layers",
+            "decoder_last_pipeline_num_layers",
+            "pipeline_model_parallel_layout",
+            "account_for_embedding_in_pipeline_split",
+            "account_for_loss_in_pipeline_split",
+        )
+        if getattr(args, name, None)
+    ]
+    if uneven or args.num_layers % args.pipeline_model_parallel_size:
+        raise UserError(f"communication is modelled for pipeline stages of equal layers, not {', '.join(uneven)}")
+    if args.num_experts is not None and args.moe_token_dispatcher_type != "alltoall":
+        raise UserError(
+            f"moe_token_dispatcher_type {args.moe_token_dispatcher_type} is given; communication is modelled for "
+            "alltoall"
+        )
+    groups = groups_of(args, per_node)
+    return [Stage(args, number, groups) for number in range(args.pipeline_model_parallel_size)]
+
+
+def training_collectives(stage: Stage, *, ring: bool = True) -> list[Collective]:
+    """What Megatron sends on a GPU of `stage` in a training step, without collectives among one rank.
+
+    `ring`: context parallelism as Transformer Engine does it, from neighbour to neighbour; else as this project's own
+    attention, which gathers keys and values.
+    """
+    found = (
+        *_tensor(stage),
+        *_context(stage, ring),
+        *_experts(stage),
+        *_pipeline(stage),
+        *_data(stage),
+        *_control(stage),
+    )
+    return among_several(found)
+
+
+def among_several(collectives: Iterable[Collective]) -> list[Collective]:
+    """Those that have anybody to talk to."""
+    return [one for one in collectives if one.group.size > 1 and one.calls and one.payload]
+
+
+def _tensor(stage: Stage) -> Iterator[Collective]:
+    args, group = stage.args, stage.groups.tensor
+    width, tensor = args.hidden_size, args.tensor_model_parallel_size
+
+    def call(operation: Operation, payload: float, calls: float, beside: float = 0.0, **more: bool) -> Collective:
+        return Collective(
+            kind="tensor", operation=operation, group=group, payload=payload, calls=calls, beside=beside, **more
+        )
+
+    def pair(first: float, second: float, calls: int, forwards: int) -> Iterator[Collective]:
+        """Two linear layers, column and row parallel, of `first` and `second` parameters, `calls` times."""
+        product_1, product_2 = (2 * stage.tokens * size / tensor for size in (first, second))
+        # Transformer Engine's overlap cuts products up, and sends one piece while the next is computed.
+        cut_1, cut_2 = (product_1, product_2) if args.tp_comm_overlap else (0.0, 0.0)
+        if args.sequence_parallel:
+            yield call("all_gather", stage.activation, calls * forwards, cut_1)
+            yield call("reduce_scatter", stage.activation, calls * forwards, cut_2)
+            yield call("all_gather", stage.activation, calls, cut_2)  # the output's gradient
+            yield call("all_gather", stage.activation, calls, product_1)  # the input again, beside its gradient
+            yield call("reduce_scatter", stage.activation, calls, product_1)  # beside the weight's gradient
+        else:
+            yield call("all_reduce", stage.activation, calls * forwards, cut_2)
+            yield call("all_reduce", stage.activation, calls, product_1)  # beside the weight's gradient
+
+    matrices = 2 if args.swiglu else 1
+    query = args.kv_channels * args.num_attention_heads
+    shared = args.moe_shared_expert_intermediate_size or 0
+    yield from pair(width * stage.heads_width, width * query, stage.layers, stage.forwards)
+    dense = stage.layers - stage.moe_layers
+    yield from pair(matrices * width * args.ffn_hidden_size, width * args.ffn_hidden_size, dense, stage.forwards)
+    if shared:
+        yield from pair(matrices * width * shared, width * shared, stage.moe_layers, stage.forwards)
+    if args.num_query_groups < tensor:  # a group's heads are spread over ranks, and gathered
+        heads = stage.tokens * stage.heads_width * stage.element
+        yield call("all_gather", heads, stage.layers * stage.forwards)
+        yield call("reduce_scatter", heads, stage.layers)
+    batch = args.micro_batch_size * args.seq_length
+    if stage.first:
+        if args.sequence_parallel:
+            yield call("reduce_scatter", stage.activation, 1)
+            yield call("all_gather", stage.activation, 1)
+        else:
+            yield call("all_reduce", stage.activation, 1)
+        yield call("broadcast", 8 * batch, 2)  # tokens and their positions
+    if stage.last:
+        product = 2 * stage.tokens * width * args.padded_vocab_size / tensor
+        if args.sequence_parallel:
+            yield call("all_gather", stage.activation, 1)
+            yield call("all_gather", stage.activation, 1, product)
+            yield call("reduce_scatter", stage.activation, 1, product)
+        else:
+            yield call("all_reduce", stage.activation, 1, product)
+        if args.cross_entropy_loss_fusion:
+            yield call("all_reduce", 4 * stage.tokens, 1)
+            yield call("all_reduce", 8 * stage.tokens, 1)
+        else:
+            yield call("all_reduce", 4 * stage.tokens, 3)  # maximum, logit of the label, sum of exponentials
+        yield call("broadcast", 8 * batch, 1)  # labels
+        yield call("broadcast", 4 * batch, 1)  # loss mask
+    if args.sequence_parallel:  # weights that every rank applies to tokens of its own
+        router = stage.moe_layers * width * (args.num_experts or 0)
+        yield call("all_reduce", (stage.norm_parameters + router) * stage.gradient, 1, in_step=True)
+
+
+def _context(stage: Stage, ring: bool) -> Iterator[Collective]:
+    args, group = stage.args, stage.groups.context
+    size = group.size
+    groups_held = max(1, args.num_query_groups // args.tensor_model_parallel_size)
+    keys = stage.tokens * args.kv_channels * groups_held * stage.element  # values are as large
+    if ring:
+        # Of the causal triangle every rank computes an equal part against each other's keys; it is what hides a send.
+        heads = args.num_attention_heads / args.tensor_model_parallel_size
+        forward = 2 * stage.tokens * args.seq_length * args.kv_channels * heads / size
+        backward = 2.5 * forward  # five products where the forward pass has two
+        passes = ((stage.forwards * (size - 1), 2, forward), (size - 1, 4, backward), (1, 2, 0.0))
+        for sends, tensors, beside in passes:  # backward, keys and values travel with their gradients; those come home
+            yield Collective(
+                kind="context", operation="send", group=group, payload=tensors * keys, calls=stage.layers * sends,
+                beside=beside,
+            )  # fmt: skip
+    else:
+        gathered: tuple[tuple[Operation, int], ...] = (("all_gather", 2 * stage.forwards), ("reduce_scatter", 2))
+        for operation, calls in gathered:
+            yield Collective(
+                kind="context", operation=operation, group=group, payload=size * keys, calls=stage.layers * calls
+            )
+
+
+def _experts(stage: Stage) -> Iterator[Collective]:
+    """The all-to-all dispatcher: rows go to the ranks of their experts, and come back; gates go with them."""
+    args, groups, layers = stage.args, stage.groups, stage.moe_layers
+    if not layers:
+        return
+    tokens = stage.tokens / (args.tensor_model_parallel_size if args.sequence_parallel else 1)
+    rows = tokens * args.moe_router_topk
+    gate = 4 if args.moe_router_dtype == "fp32" else 8 if args.moe_router_dtype == "fp64" else stage.element
+    passes = stage.forwards + 1
+
+    def call(operation: Operation, group: Group, payload: float, calls: float) -> Collective:
+        return Collective(kind="expert", operation=operation, group=group, payload=payload, calls=calls * layers)
+
+    yield call("all_to_all", groups.expert, rows * args.hidden_size * stage.element, 2 * passes)
+    yield call("all_to_all", groups.expert, rows * gate, passes)
+    # Who sends how many rows to whom, int64, in every forward pass.
+    counts = 8 * args.num_experts * groups.tensor_expert.size
+    yield call("all_gather", groups.tensor_expert, counts, stage.forwards)
+    if args.moe_aux_loss_coeff and "aux_loss" in args.moe_router_load_balancing_type:
+        yield call("all_reduce", groups.tensor_context, 8 * args.num_experts, stage.forwards)
+    group = groups.expert_tensor  # the ranks that share an expert see each other's rows
+    gathered = rows * group.size
+    for payload in (gathered * args.hidden_size * stage.element, gathered * gate):
+        yield call("all_gather", group, payload, stage.forwards)
+        yield call("reduce_scatter", group, payload, 1)
+    yield call("reduce_scatter", group, gathered * args.hidden_size * stage.element, stage.forwards)
+    yield call("all_gather", group, gathered * args.hidden_size * stage.element, 1)
+
+
+def _pipeline(stage: Stage) -> Iterator[Collective]:
+    args, groups = stage.args, stage.groups
+    payload = stage.activation / (args.tensor_model_parallel_size if args.sequence_parallel else 1)
+    # The ends of virtual stages are neighbours as well, but for the very first and the very last.
+    sends = (stage.chunks - stage.last) + (stage.chunks - stage.first)
+    yield Collective(kind="pipeline", operation="send", group=groups.pipeline, payload=payload, calls=sends)
+    if not args.untie_embeddings_and_output_weights and (stage.first or stage.last):
+        embedding = args.padded_vocab_size * args.hidden_size / args.tensor_model_parallel_size
+        yield Collective(
+            kind="pipeline", operation="all_reduce", group=groups.ends, payload=embedding * stage.gradient, calls=1,
+            in_step=True,
+        )  # fmt: skip
+
+
+def _data(stage: Stage) -> Iterator[Collective]:
+    args, groups = stage.args, stage.groups
+    apart = _experts_apart(stage)
+    held: tuple[tuple[Group, float], ...] = ((groups.data, stage.dense_parameters + stage.expert_parameters),)
+    if apart:
+        held = ((groups.data, stage.dense_parameters), (groups.expert_data, stage.expert_parameters))
+    for group, parameters in held:
+        buckets = stage.chunks * _buckets(args, parameters / stage.chunks, group)
+        in_bucket = parameters / buckets
+        sizes: tuple[tuple[Operation, int], ...] = (("all_reduce", stage.gradient),)
+        if args.use_distributed_optimizer:
+            sizes = (("reduce_scatter", stage.gradient), ("all_gather", stage.element))
+            equal_parts = math.lcm(group.size, _WHOLE * (_WIDE if args.ddp_pad_buckets_for_high_nccl_busbw else 1))
+            in_bucket = math.ceil(in_bucket / equal_parts) * equal_parts
+        # Dense weights and experts have an optimizer each, and either gathers all weights, unless layers do it.
+        gathers = 2 if apart and not args.overlap_param_gather else 1
+        for operation, size in sizes:
+            yield Collective(
+                kind="data", operation=operation, group=group, payload=in_bucket * size,
+                calls=buckets * (gathers if operation == "all_gather" else 1), in_step=True,
+            )  # fmt: skip
+
+
+def _experts_apart(stage: Stage) -> bool:
+    """Whether experts have gradients and an optimizer apart from dense weights'; not where each rank holds them all."""
+    return stage.args.num_experts is not None and stage.groups.expert.size > 1
+
+
+def _buckets(args: Namespace, parameters: float, group: Group) -> int:
+    """Into how many pieces gradients are cut, so that the first may leave while the last is computed."""
+    if not args.overlap_grad_reduce:
+        return 1
+    size = args.ddp_bucket_size or max(_BUCKET, _BUCKET_PER_RANK * group.size)
+    return max(1, round(parameters / size))
+
+
+def _control(stage: Stage) -> Iterator[Collective]:
+    """Numbers that ranks agree on in every step, each in a call of its own; what they cost is latency."""
+    args, groups = stage.args, stage.groups
+    with_experts = args.num_experts is not None
+
+    def agree(group: Group, calls: int, payload: float = 4.0) -> Collective:
+        return Collective(
+            kind="control", operation="all_reduce", group=group, payload=payload, calls=calls, in_step=True
+        )
+
+    # The gradient's norm, of experts for itself; then whether the step succeeded, the norm again, the learning rate.
+    yield agree(groups.everyone if args.use_distributed_optimizer else groups.model, 1)
+    if _experts_apart(stage) and not args.use_distributed_optimizer:
+        yield agree(groups.expert_model, 1)
+    yield agree(groups.model, 3)
+    if stage.last:
+        yield agree(groups.data, 1, 8.0)  # the loss and its tokens
+    if args.exit_signal_handler:
+        yield agree(groups.world, 1, 8.0)
+    # Losses of routers, by layer.
+    for given, group in ((args.moe_aux_loss_coeff, groups.tensor_context), (args.moe_z_loss_coeff, groups.stage)):
+        if with_experts and given:
+            for among in (groups.pipeline, group, groups.data):
+                yield agree(among, 1, 4.0 * args.num_layers)
+    # Megatron's timer of an interval waits for all ranks when it stops and when it starts.
+    yield Collective(
+        kind="control", operation="barrier", group=groups.world, payload=1, calls=2 / args.log_interval, in_step=True
+    )
