@@ -38,7 +38,7 @@ MOE_LAYOUTS = {
     "ep2_tp2_sp": (4, (*EP2, *TP2, *SP, "--expert-tensor-parallel-size", 1)),
 }
 # Beyond what is needed to trust the others; `make test-slow` runs them. Of those that are long, others do each half.
-SLOW = {"pp2_interleaved", "cp2", "ep2_tp2_sp"}
+SLOW = {"tp4", "pp2_interleaved", "cp2", "ep2_tp2_sp"}
 LONG = {"tp2_sp_recompute", "ep2_distributed_optimizer"}
 TOLERANCE = 1e-4
 

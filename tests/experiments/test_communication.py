@@ -36,6 +36,7 @@ TENSOR = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
 PIPELINE = ("--pipeline-model-parallel-size", "2")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("processes", "flags"),
@@ -49,6 +50,7 @@ def test_volumes_are_those_of_real_jobs(processes: int, flags: tuple[str, ...], 
     assert_volumes(Job("", config, processes, flags), tmp_path / "job")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
 def test_volumes_are_those_of_one_rank_among_4096(experts: bool, tmp_path: Path) -> None:
     """Megatron's fake process groups send nothing, and are called as real ones would be."""
