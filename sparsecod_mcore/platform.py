@@ -115,6 +115,8 @@ def name_types_as_cuda() -> None:
 
 def leave_fusions_uncompiled() -> None:
     """No compiled fusions: 40 s of compiler a process, and 2 s for importing it, which Megatron's decorators do."""
+    if "megatron.core.jit" in sys.modules:  # too late: they are compiled functions, which this keeps from compiling
+        torch._dynamo.config.disable = True
     compile_function = torch.compile
     torch.compile = lambda model=None, **options: model or (lambda function: function)  # type: ignore[assignment]
     try:

@@ -27,18 +27,18 @@ def run_side_by_side(commands: Mapping[str, Sequence[str]], grace: float = _GRAC
     width = max(map(len, commands), default=0)
     running: dict[str, subprocess.Popen[str]] = {}
     relays = []
-    try:
-        with leaving_on_sigterm():
+    with leaving_on_sigterm():
+        try:
             for name, command in commands.items():
                 print(f"{name:{width}} $ {shlex.join(command)}", flush=True)
                 running[name] = _start(command, environment)
                 relays.append(Thread(target=_relay, args=(f"{name:{width}} | ", running[name]), daemon=True))
                 relays[-1].start()
             _wait(running)
-    finally:
-        _end(running.values(), grace)
-        for relay in relays:
-            relay.join(1.0)  # what was said last; a child that lives on may keep the pipe open
+        finally:
+            _end(running.values(), grace)
+            for relay in relays:
+                relay.join(1.0)  # what was said last; a child that lives on may keep the pipe open
 
 
 def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
@@ -79,13 +79,16 @@ def _refuse_failed(running: Mapping[str, subprocess.Popen[str]]) -> None:
 
 
 def _end(processes: Iterable[subprocess.Popen[str]], grace: float) -> None:
-    alive = [process for process in processes if process.poll() is None]
-    for process in alive:
-        process.terminate()
+    """Tell them to end, and kill what is left of each and its children afterwards, or at once when told to hurry."""
+    processes = list(processes)
+    for process in processes:
+        process.terminate()  # unless it has ended
     until = time.monotonic() + grace
-    for process in alive:
-        try:
-            process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            with suppress(ProcessLookupError):
+    try:
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+    finally:
+        for process in processes:
+            with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -101,7 +101,7 @@ class RunDirectory:
             for key in stored.keys() | given.keys()
             if stored.get(key) != given.get(key)
             and not any(fnmatchcase(key, pattern) for pattern in free)
-            and not (key in PLACES and key in stored and key in given and _is_moved(stored[key], given[key]))
+            and not (key in PLACES and stored.get(key) and given.get(key) and _is_moved(stored[key], given[key]))
         )
         if changed:
             shown = ", ".join(f"{key} was {stored.get(key)!r} and is {given.get(key)!r}" for key in changed[:3])
@@ -129,7 +129,7 @@ def nest(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _located(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings with the places of data and tokenizer absolute: the same, from wherever they are named."""
-    places = {key: os.path.abspath(settings[key]) for key in PLACES if key in settings}
+    places = {key: os.path.abspath(settings[key]) for key in PLACES if settings.get(key)}
     return settings | places
 
 
