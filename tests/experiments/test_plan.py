@@ -119,6 +119,7 @@ def test_refusals() -> None:
     assert refusal(DENSE, mfu=1.5) == "--mfu 1.5 is given, above 0 and up to 1 is accepted"
     assert "3 GPUs can not share 16 heads, 16 layers and a global batch of 256" in refusal(DENSE, gpus=3)
     assert "no layout of 1 A100 fits" in refusal(CONFIGS / "paper" / "moe_7b_a1b.yaml", kind="a100", gpus=1)
+    assert refusal(DENSE, "--log-interval", "0") == "--log-interval 0 is given, 1 or more is accepted"
     assert "num_attention_heads 16 is not divisible by" in refusal(DENSE, "--tensor-model-parallel-size", "3", gpus=6)
     assert "8 processes are not divisible by" in refusal(DENSE, "--pipeline-model-parallel-size", "16")
     assert "Megatron refuses this configuration" in refusal(
