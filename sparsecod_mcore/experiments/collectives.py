@@ -161,11 +161,18 @@ def stages_of(args: Namespace, per_node: int) -> list[Stage]:
     ]
     if uneven or args.num_layers % args.pipeline_model_parallel_size:
         raise UserError(f"communication is modelled for pipeline stages of equal layers, not {', '.join(uneven)}")
-    if args.num_experts is not None and args.moe_token_dispatcher_type != "alltoall":
-        raise UserError(
-            f"moe_token_dispatcher_type {args.moe_token_dispatcher_type} is given; communication is modelled for "
-            "alltoall"
-        )
+    for name, concerned, modelled in (
+        ("moe_token_dispatcher_type", args.num_experts is not None, "alltoall"),
+        ("cp_comm_type", args.context_parallel_size > 1, "p2p"),
+        ("recompute_method", args.recompute_granularity == "full", "uniform"),
+        ("num_distributed_optimizer_instances", True, "1"),
+        ("use_megatron_fsdp", True, "False"),
+        ("use_torch_fsdp2", True, "False"),
+    ):
+        value = getattr(args, name)
+        given = " ".join(dict.fromkeys(value)) if isinstance(value, list) else str(value)
+        if concerned and given != modelled:
+            raise UserError(f"{name} {given} is given; communication is modelled for {modelled}")
     groups = groups_of(args, per_node)
     return [Stage(args, number, groups) for number in range(args.pipeline_model_parallel_size)]
 

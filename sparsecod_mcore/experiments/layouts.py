@@ -65,6 +65,7 @@ def with_layout(args: Namespace, layout: Layout) -> Namespace:
     args.world_size = layout.data * layout.tensor * layout.pipeline * layout.context
     args.sequence_parallel = layout.tensor > 1
     args.recompute_granularity = "full" if layout.recompute else None
+    args.recompute_method = "uniform" if layout.recompute else None
     return args
 
 

@@ -1,5 +1,6 @@
 """What a plan says of communication: volumes against intercepted calls of real jobs, times against formulas."""
 
+import re
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -222,6 +223,22 @@ def test_refusals() -> None:
     allgather = ["--moe-token-dispatcher-type", "allgather", "--expert-model-parallel-size", "2"]
     plan = make_plan(MOE, allgather, machine)
     assert plan.scale is None and "communication is modelled for alltoall" in plan.remarks[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "remark"),
+    [
+        (["--context-parallel-size", "2", "--cp-comm-type", "a2a"], "cp_comm_type a2a is given; .* for p2p"),
+        (["--num-distributed-optimizer-instances", "2"], "num_distributed_optimizer_instances 2 is given; .* for 1"),
+        (
+            ["--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "1"],
+            "recompute_method block is given; .* for uniform",
+        ),
+    ],
+)
+def test_what_is_not_modelled_is_remarked_on(flags: list[str], remark: str) -> None:
+    plan = make_plan(DENSE, ["--tensor-model-parallel-size", "1", *flags], machine_of("H100", 8, 0.4))
+    assert plan.scale is None and re.search(remark, plan.remarks[-1])
 
 
 def test_lines_go_through_small_and_large() -> None:
