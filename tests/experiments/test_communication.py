@@ -11,11 +11,16 @@ from sparsecod_mcore import platform
 
 platform.prepare()
 
+from megatron.core.distributed import DistributedDataParallelConfig  # noqa: E402
+from megatron.core.distributed.param_and_grad_buffer import _compute_default_per_buffer_param_layout  # noqa: E402
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
+
 from benchmarks.communication import COMMON, EXACT, Job, compare_volumes, error, run_job  # noqa: E402
 from benchmarks.gloo_costs import Line  # noqa: E402
 from sparsecod_mcore.errors import UserError  # noqa: E402
 from sparsecod_mcore.experiments.amounts import bytes_in_words, seconds_in_words  # noqa: E402
 from sparsecod_mcore.experiments.arguments import planned_arguments  # noqa: E402
+from sparsecod_mcore.experiments.buckets import Padding, fill_buckets  # noqa: E402
 from sparsecod_mcore.experiments.collectives import (  # noqa: E402
     Collective,
     Stage,
@@ -31,6 +36,7 @@ from sparsecod_mcore.experiments.parameters import count_parameters  # noqa: E40
 from sparsecod_mcore.experiments.plan import describe, fastest_layouts, machine_of, make_plan  # noqa: E402
 from sparsecod_mcore.experiments.step_time import step_time  # noqa: E402
 from tests.distributed.jobs import TINY, TINY_MOE  # noqa: E402
+from tests.experiments.meta_models import build_on_meta  # noqa: E402
 
 DENSE, MOE = CONFIGS / "paper" / "dense_1b.yaml", CONFIGS / "paper" / "moe_2b_a400m.yaml"
 TENSOR = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
@@ -115,11 +121,45 @@ def test_gradients_are_sent_twice_round_and_weights_once() -> None:
     args = laid_out(DENSE, 8)
     (stage,) = stages_of(args, per_node=8)
     parameters = count_parameters(args).total
-    # With the distributed optimizer each of 32 buckets is padded, here to a multiple of 128.
-    assert 4 * parameters <= total(stage, "data", "reduce_scatter") < 4 * (parameters + 32 * 128)
-    assert 2 * parameters <= total(stage, "data", "all_gather") < 2 * (parameters + 32 * 128)
+    # With the distributed optimizer each of 18 buckets is padded, here to a multiple of 128.
+    assert 4 * parameters <= total(stage, "data", "reduce_scatter") < 4 * (parameters + 18 * 128)
+    assert 2 * parameters <= total(stage, "data", "all_gather") < 2 * (parameters + 18 * 128)
     args.use_distributed_optimizer = False
     assert total(stage, "data", "all_reduce") == 4 * parameters
+
+
+@pytest.mark.parametrize("optimizer", [True, False], ids=["distributed optimizer", "plain"])
+@pytest.mark.parametrize("path", [DENSE, MOE], ids=["dense", "experts"])
+@pytest.mark.parametrize("size", [40_000_000, 3_000_000])
+def test_buckets_are_megatrons(path: Path, optimizer: bool, size: int) -> None:
+    """Of the model that Megatron builds, by its own layout of buffers."""
+    args = planned_arguments(path, ["--ddp-bucket-size", str(size)])
+    parameters = list(build_on_meta(args).parameters())
+    settings = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    layout = _compute_default_per_buffer_param_layout(parameters, size)
+    if optimizer:
+        layout = DistributedOptimizer._compute_per_buffer_param_layout(parameters, size, 8, settings)
+    (stage,) = stages_of(args, per_node=8)
+    buckets = fill_buckets(list(stage.parameters(0)), size, Padding(8, False) if optimizer else None)
+    assert list(buckets) == [end - start for start, end in layout.bucket_indices]
+
+
+def test_the_bucket_of_the_embedding_hides_behind_nothing() -> None:
+    def gradients(*flags: str, stage: int = 0) -> list[Collective]:
+        args = laid_out(DENSE, 8, "--tensor-model-parallel-size", "1", *flags)
+        sent = training_collectives(stages_of(args, per_node=8)[stage])
+        return [one for one in sent if (one.kind, one.operation) == ("data", "reduce_scatter")]
+
+    def buckets(*flags: str, stage: int = 0) -> float:
+        return sum(one.calls for one in gradients(*flags, stage=stage))
+
+    (last,) = [one for one in gradients() if one.during is None]
+    assert buckets() == 18 and last.calls == 1
+    assert last.payload / sum(one.payload * one.calls for one in gradients()) == pytest.approx(0.094, abs=5e-4)
+    assert buckets("--ddp-num-buckets", "4") == 4
+    assert buckets(*PIPELINE) > 1 and buckets(*PIPELINE, stage=1) == 1
+    interleaved = (*PIPELINE, "--num-virtual-stages-per-pipeline-rank", "2")
+    assert 2 < buckets(*interleaved) < buckets(*PIPELINE) and buckets(*interleaved, stage=1) == 2
 
 
 def test_experts_get_rows_and_send_them_back() -> None:
@@ -177,8 +217,9 @@ def test_a_step_is_its_pipeline_and_what_nothing_hides() -> None:
     group = stages[0].groups.data
     shown = Collective(kind="pipeline", operation="send", group=group, payload=1, calls=2)
     beside = replace(shown, kind="tensor", beside=speed / 4)
-    gradients = Collective(kind="data", operation="reduce_scatter", group=group, payload=1, calls=4, in_step=True)
-    time = step_time({stage: [shown, beside, gradients] for stage in stages}, flops, Constant(), speed)
+    last = Collective(kind="data", operation="reduce_scatter", group=group, payload=1, calls=1, in_step=True)
+    others = replace(last, calls=3, during="backward")
+    time = step_time({stage: [shown, beside, others, last] for stage in stages}, flops, Constant(), speed)
     # Two calls of a second a micro-batch; of two others a quarter each is hidden; of gradients all but the last piece.
     assert time.exposed == pytest.approx({"pipeline": 2 * number, "tensor": 1.5 * number, "data": 1})
     assert time.hidden == pytest.approx({"pipeline": 0, "tensor": 0.5 * number, "data": 3})
