@@ -398,7 +398,7 @@ def _experts_apart(stage: Stage) -> bool:
 
 
 def _bucket_size(stage: Stage) -> float | None:
-    """Elements that fill a bucket of the first chunk, be they experts' or not; None for one bucket, as in later stages."""
+    """Elements that fill a bucket of the first chunk, experts or not; None for one bucket, as in later stages."""
     args = stage.args
     if not args.overlap_grad_reduce or not stage.first or args.overlap_param_gather_with_optimizer_step:
         return None

@@ -259,8 +259,9 @@ def test_refusals() -> None:
     machine = machine_of("H100", 64, 0.4)
     with pytest.raises(UserError, match="--compare 0 is given, 1 or more is accepted"):
         fastest_layouts(DENSE, [], machine, 0)
-    with pytest.raises(UserError, match="looks for layouts itself, and --tensor-model-parallel-size gives one"):
-        fastest_layouts(DENSE, list(TENSOR), machine, 1)
+    for given in (TENSOR, ("--micro-batch-size", "2"), ("--recompute-activations",)):
+        with pytest.raises(UserError, match=f"--compare looks for layouts itself, and {given[0]} is given"):
+            fastest_layouts(DENSE, given, machine, 1)
     allgather = ["--moe-token-dispatcher-type", "allgather", "--expert-model-parallel-size", "2"]
     plan = make_plan(MOE, allgather, machine)
     assert plan.scale is None and "communication is modelled for alltoall" in plan.remarks[-1]
