@@ -15,7 +15,7 @@ from megatron.core.distributed import DistributedDataParallelConfig  # noqa: E40
 from megatron.core.distributed.param_and_grad_buffer import _compute_default_per_buffer_param_layout  # noqa: E402
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 
-from benchmarks.communication import COMMON, EXACT, Job, compare_volumes, error, run_job  # noqa: E402
+from benchmarks.communication import COMMON, EXACT, Job, compare_volumes, error, jobs_of, run_job  # noqa: E402
 from benchmarks.gloo_costs import Line  # noqa: E402
 from sparsecod_mcore.errors import UserError  # noqa: E402
 from sparsecod_mcore.experiments.amounts import bytes_in_words, seconds_in_words  # noqa: E402
@@ -262,6 +262,9 @@ def test_refusals() -> None:
     for given in (TENSOR, ("--micro-batch-size", "2"), ("--recompute-activations",)):
         with pytest.raises(UserError, match=f"--compare looks for layouts itself, and {given[0]} is given"):
             fastest_layouts(DENSE, given, machine, 1)
+    assert [job.name for job in jobs_of(["DP4", "TP2"])] == ["DP4", "TP2"]
+    with pytest.raises(UserError, match=r"--only 'TP3' is given, one of 'TP2', .* is accepted \(did you mean 'TP2'"):
+        jobs_of(["TP3"])
     allgather = ["--moe-token-dispatcher-type", "allgather", "--expert-model-parallel-size", "2"]
     plan = make_plan(MOE, allgather, machine)
     assert plan.scale is None and "communication is modelled for alltoall" in plan.remarks[-1]
