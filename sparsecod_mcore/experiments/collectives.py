@@ -6,6 +6,7 @@ made from. Symbols in comments: T tokens of a micro-batch on one GPU before tens
 hidden size, Q and G widths of all query and key-value heads, F width of the MLP, V padded vocabulary.
 """
 
+import math
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -353,7 +354,10 @@ def _pipeline(stage: Stage) -> Iterator[Collective]:
     payload = stage.activation / (args.tensor_model_parallel_size if args.sequence_parallel else 1)
     # The ends of virtual stages are neighbours as well, but for the very first and the very last.
     sends = (stage.chunks - stage.last) + (stage.chunks - stage.first)
-    yield Collective(kind="pipeline", operation="send", group=groups.pipeline, payload=payload, calls=sends)
+    beside = math.inf if args.overlap_p2p_comm else 0.0  # with virtual stages, the next one's pass
+    yield Collective(
+        kind="pipeline", operation="send", group=groups.pipeline, payload=payload, calls=sends, beside=beside
+    )
     if not args.untie_embeddings_and_output_weights and (stage.first or stage.last):
         embedding = args.padded_vocab_size * args.hidden_size / args.tensor_model_parallel_size
         yield Collective(

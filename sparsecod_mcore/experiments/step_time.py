@@ -6,7 +6,8 @@ al. 2021, arXiv:2104.04473, for stages that need not be equal). Computing takes 
 passes two thirds of it; with full recomputation layers are computed once more.
 
 Hidden are only what Megatron runs beside computation: tensor parallel collectives of backward passes beside a gradient
-(all of them with tp_comm_overlap), the context parallel ring beside attention, and, with overlap_grad_reduce and
+(all of them with tp_comm_overlap), the context parallel ring beside attention, with virtual stages what pipeline stages
+send (not with --no-overlap-p2p-communication), and, with overlap_grad_reduce and
 overlap_param_gather, gradients beside the last backward pass and weights beside the first forward pass, but for the
 bucket that holds the embedding (buckets.py). All else is waited for.
 """
@@ -26,9 +27,10 @@ _BACKWARD, _FORWARD = 2 / 3, 1 / 3
 class StepTime:
     """Seconds of one step, by what they are spent on."""
 
+    slowest: Stage
     compute: float  # of the slowest stage
     bubble: float  # in which that stage waits for the pipeline to fill and drain
-    exposed: Mapping[Kind, float]  # communication that is waited for
+    exposed: Mapping[Kind, float]  # communication that is waited for: the slowest stage's, and once a step the first's
     hidden: Mapping[Kind, float]  # communication beside computation
 
     @property
@@ -52,6 +54,7 @@ def step_time(
     bubble = (sum(seconds.values()) - seconds[slowest]) / slowest.chunks
     exposed_in_step, hidden_in_step = _of_step(stages[first], cost, passes[first][0])
     return StepTime(
+        slowest=slowest,
         compute=number * compute,
         bubble=bubble,
         exposed=_sum({kind: number * taken for kind, taken in exposed.items()}, exposed_in_step),

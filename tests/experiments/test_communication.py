@@ -162,6 +162,14 @@ def test_the_bucket_of_the_embedding_hides_behind_nothing() -> None:
     assert 2 < buckets(*interleaved) < buckets(*PIPELINE) and buckets(*interleaved, stage=1) == 2
 
 
+def test_virtual_stages_send_beside_computing() -> None:
+    interleaved = [*PIPELINE, "--num-virtual-stages-per-pipeline-rank", "2", "--micro-batch-size", "1"]
+    times = [make_plan(DENSE, flags, machine_of("H100", 8, 0.4)).scale for flags in (PIPELINE, interleaved)]
+    plain, hidden = (scale.time for scale in times if scale is not None)
+    assert plain.exposed["pipeline"] and not plain.hidden["pipeline"]
+    assert hidden.hidden["pipeline"] and not hidden.exposed["pipeline"]
+
+
 def test_experts_get_rows_and_send_them_back() -> None:
     (stage,) = stages_of(laid_out(MOE, 8, "--expert-model-parallel-size", "8"), per_node=8)
     args = stage.args
