@@ -1,5 +1,6 @@
 """What a plan says of communication: volumes against intercepted calls of real jobs, times against formulas."""
 
+import json
 import re
 from argparse import Namespace
 from dataclasses import replace
@@ -15,7 +16,20 @@ from megatron.core.distributed import DistributedDataParallelConfig  # noqa: E40
 from megatron.core.distributed.param_and_grad_buffer import _compute_default_per_buffer_param_layout  # noqa: E402
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 
-from benchmarks.communication import COMMON, EXACT, Job, compare_volumes, error, jobs_of, run_job  # noqa: E402
+from benchmarks.communication import (  # noqa: E402
+    BATCH,
+    COMMON,
+    EXACT,
+    JOBS,
+    RESULTS,
+    Job,
+    arguments_of,
+    compare_volumes,
+    error,
+    jobs_of,
+    modelled_volume,
+    run_job,
+)
 from benchmarks.gloo_costs import Line  # noqa: E402
 from sparsecod_mcore.errors import UserError  # noqa: E402
 from sparsecod_mcore.experiments.amounts import bytes_in_words, seconds_in_words  # noqa: E402
@@ -75,6 +89,21 @@ def assert_volumes(job: Job, out: Path) -> None:
     # Nobody sends rows to an expert among ranks that do not exist.
     rows = [row for row in rows if not (job.fake and row["group"] in ("expert", "expert_tensor"))]
     assert not [row for row in rows if abs(error(row)) > EXACT]
+
+
+def test_volumes_are_those_that_were_recorded() -> None:
+    """Of every job in the committed result; rows reach experts as they are routed, not evenly."""
+    recorded = json.loads((RESULTS / "communication_micro.json").read_text())["jobs"]
+    for job in (job for job in JOBS if job.name in recorded):
+        stages = stages_of(arguments_of(job, [*COMMON, *BATCH]), per_node=job.processes)
+        modelled = [modelled_volume(stage) for stage in stages]
+        for row in recorded[job.name]["volumes"]:
+            said = modelled[row["rank"] * len(stages) // job.processes]
+            calls, size = said[row["who"], row["operation"], row["group"]]
+            routed = row["operation"] == "all_to_all"
+            assert calls == pytest.approx(row["calls"]) and size == pytest.approx(
+                row["bytes"], 0.12 if routed else EXACT
+            )
 
 
 def laid_out(path: Path, gpus: int, *flags: str) -> Namespace:
