@@ -72,12 +72,20 @@ def test_volumes_are_those_of_real_jobs(processes: int, flags: tuple[str, ...], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
-def test_volumes_are_those_of_one_rank_among_4096(experts: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        (TINY, ()),
+        (TINY, ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "20000")),
+        (TINY_MOE + TINY, ("--expert-model-parallel-size", "4")),
+    ],
+    ids=["dense", "dense in buckets", "experts"],
+)
+def test_volumes_are_those_of_one_rank_among_4096(model: str, flags: tuple[str, ...], tmp_path: Path) -> None:
     """Megatron's fake process groups send nothing, and are called as real ones would be."""
     config = tmp_path / "tiny.yaml"
-    config.write_text(TINY_MOE + TINY if experts else TINY)
-    flags = (*TENSOR, *PIPELINE, *(("--expert-model-parallel-size", "4") if experts else ()))
+    config.write_text(model)
+    flags = (*TENSOR, *PIPELINE, *flags)
     flags += ("--global-batch-size", "2048", "--micro-batch-size", "1", "--use-distributed-optimizer")
     assert_volumes(Job("", config, 4096, flags, fake=True), tmp_path / "job")
 
