@@ -200,13 +200,14 @@ def stages_of(args: Namespace, per_node: int) -> list[Stage]:
         ("cp_comm_type", args.context_parallel_size > 1, "p2p"),
         ("recompute_method", args.recompute_granularity == "full", "uniform"),
         ("num_distributed_optimizer_instances", True, "1"),
-        ("use_megatron_fsdp", True, "False"),
-        ("use_torch_fsdp2", True, "False"),
     ):
         value = getattr(args, name)
         given = " ".join(dict.fromkeys(value)) if isinstance(value, list) else str(value)
         if concerned and given != modelled:
             raise UserError(f"{name} {given} is given; communication is modelled for {modelled}")
+    for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
+        if getattr(args, name):
+            raise UserError(f"{name} is given; communication is not modelled with it")
     groups = groups_of(args, per_node)
     return [Stage(args, number, groups) for number in range(args.pipeline_model_parallel_size)]
 

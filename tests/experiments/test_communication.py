@@ -319,6 +319,7 @@ def test_refusals() -> None:
     ("flags", "remark"),
     [
         (["--context-parallel-size", "2", "--cp-comm-type", "a2a"], "cp_comm_type a2a is given; .* for p2p"),
+        (["--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor"], "use_megatron_fsdp is given; .* not modelled"),
         (["--num-distributed-optimizer-instances", "2"], "num_distributed_optimizer_instances 2 is given; .* for 1"),
         (
             ["--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "1"],
