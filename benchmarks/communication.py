@@ -31,7 +31,7 @@ platform.prepare()  # before anything imports Megatron
 
 from benchmarks.gloo_costs import Line  # noqa: E402
 from benchmarks.measure import machine  # noqa: E402
-from sparsecod_mcore.errors import command_line  # noqa: E402
+from sparsecod_mcore.errors import UserError, command_line, nearest  # noqa: E402
 from sparsecod_mcore.experiments.amounts import bytes_in_words  # noqa: E402
 from sparsecod_mcore.experiments.arguments import planned_arguments  # noqa: E402
 from sparsecod_mcore.experiments.collectives import (  # noqa: E402
@@ -297,6 +297,17 @@ class Times:
         return {"seconds": time.total + fixed} | parts | {"fixed": fixed}
 
 
+def jobs_of(names: Sequence[str] | None) -> Sequence[Job]:
+    """The jobs of those names; all without names. Raises `UserError` for one that is not known."""
+    known = {job.name: job for job in JOBS}
+    for name in names or ():
+        if name not in known:
+            raise UserError(
+                f"--only {name!r} is given, one of {', '.join(map(repr, known))} is accepted{nearest(name, known)}"
+            )
+    return [known[name] for name in names or known]
+
+
 @command_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -306,7 +317,9 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write the result to benchmarks/results/")
     arguments = parser.parse_args()
     flags = [*COMMON, *BATCH]
-    jobs = [job for job in JOBS if not arguments.only or job.name in arguments.only]
+    jobs = jobs_of(arguments.only)
+    if arguments.only and arguments.save:
+        raise UserError("--only and --save are given: what is saved is a result of all jobs")
     results: dict[str, Any] = {"benchmark": "communication", "cores": len(os.sched_getaffinity(0))}
     results |= machine("cpu") | {"jobs": {}}
     with tempfile.TemporaryDirectory() as name:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What runs take: parameters, FLOPs, tokens, steps, memory, a parallel layout, communication, time; no GPU is needed.
 
-Any flag of Megatron overrides all configurations; parallel sizes among them give the layout, else one is suggested.
+Any flag of Megatron overrides all configurations; parallel sizes in either give the layout, else one is suggested.
 """
 
 from pathlib import Path

@@ -33,6 +33,14 @@ _NOT_COUNTED = (
 _parser = functools.cache(config.build_parser)  # takes a tenth of a second
 
 
+def padded_vocabulary(args: Namespace, tensor: int) -> int:
+    """Size of the vocabulary that so many tensor parallel ranks share evenly."""
+    size: int = calculate_padded_vocab_size(
+        args.vocab_size, args.make_vocab_size_divisible_by, tensor, logging_enabled=False
+    )
+    return size
+
+
 def planned_arguments(path: Path, flags: Sequence[str] = (), *, gpus: int = 1) -> Namespace:
     """Arguments of `path` and `flags`, as Megatron validates and completes them for a job of `gpus` processes.
 
@@ -53,12 +61,7 @@ def planned_arguments(path: Path, flags: Sequence[str] = (), *, gpus: int = 1) -
         warnings.filterwarnings("ignore", message="Could not determine rank", category=UserWarning)
         validate(args)
     if args.padded_vocab_size is None:
-        args.padded_vocab_size = calculate_padded_vocab_size(
-            args.vocab_size,
-            args.make_vocab_size_divisible_by,
-            args.tensor_model_parallel_size,
-            logging_enabled=False,
-        )
+        args.padded_vocab_size = padded_vocabulary(args, args.tensor_model_parallel_size)
     if not args.group_query_attention:
         args.num_query_groups = args.num_attention_heads
     return args

@@ -8,11 +8,14 @@ hidden size, Q and G widths of all query and key-value heads, F width of the MLP
 
 import math
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, product
 from typing import Literal
 
 from sparsecod_mcore.errors import UserError
+from sparsecod_mcore.experiments.buckets import Padding, Parameter, fill_buckets
 from sparsecod_mcore.experiments.groups import Group, Groups, groups_of
 
 type Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "broadcast", "barrier"]
@@ -23,7 +26,6 @@ type Kind = Literal["tensor", "context", "pipeline", "data", "expert", "control"
 _PASSES: dict[Operation, float] = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
 _BUCKET = 40_000_000  # parameters at least; Megatron's default, DistributedDataParallelConfig.bucket_size
 _BUCKET_PER_RANK = 1_000_000
-_WHOLE, _WIDE = 128, 512  # the distributed optimizer pads buckets to multiples of these, and of the ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,7 @@ class Collective:
     calls: float  # in a micro-batch, or in a step
     in_step: bool = False  # once a step, not once a micro-batch
     beside: float = 0.0  # floating-point operations of this GPU that Megatron lets run beside one call
+    during: Literal["forward", "backward"] | None = None  # the pass that Megatron lets run beside what is once a step
 
     @property
     def sent(self) -> float:
@@ -68,12 +71,19 @@ class Stage:
     @property
     def moe_layers(self) -> int:
         """Of those, the ones with experts."""
-        frequency, layers = self.args.moe_layer_freq, range(self.number * self.layers, (self.number + 1) * self.layers)
+        return sum(self._has_experts(layer) for chunk in range(self.chunks) for layer in self._layers_of(chunk))
+
+    def _has_experts(self, layer: int) -> bool:
+        frequency = self.args.moe_layer_freq
         if self.args.num_experts is None:
-            return 0
-        if isinstance(frequency, int):
-            return sum(layer % frequency == 0 for layer in layers)
-        return sum(frequency[layer] for layer in layers)
+            return False
+        return layer % frequency == 0 if isinstance(frequency, int) else bool(frequency[layer])
+
+    def _layers_of(self, chunk: int) -> range:
+        """Numbers of the layers of one of the chunks, which are dealt out to stages in turn."""
+        length = self.layers // self.chunks
+        start = chunk * self.args.num_layers // self.chunks + self.number * length
+        return range(start, start + length)
 
     @property
     def chunks(self) -> int:
@@ -115,32 +125,56 @@ class Stage:
     def micro_batches(self) -> int:
         return int(self.args.global_batch_size // (self.args.micro_batch_size * self.args.data_parallel_size))
 
+    def parameters(self, chunk: int) -> Iterator[Parameter]:
+        """Those of one of the chunks that this GPU holds, in the order of Megatron's modules."""
+        args, tensor, width = self.args, self.args.tensor_model_parallel_size, self.args.hidden_size
+        embedding = args.padded_vocab_size * width / tensor
+        norm = Parameter(width * (1 if args.normalization == "RMSNorm" else 2))
+        tied = not args.untie_embeddings_and_output_weights
+
+        def mlp(inner: int, ranks: int, expert: bool = False) -> tuple[Parameter, Parameter]:
+            second = width * inner / ranks
+            return Parameter((2 if args.swiglu else 1) * second, expert), Parameter(second, expert)
+
+        if self.first and chunk == 0:
+            yield Parameter(embedding, shared=tied and not self.last)
+        for layer in self._layers_of(chunk):
+            yield norm
+            yield Parameter(width * args.kv_channels * args.num_attention_heads / tensor)
+            yield Parameter(width * self.heads_width / tensor)
+            yield norm
+            if not self._has_experts(layer):
+                yield from mlp(args.ffn_hidden_size, tensor)
+                continue
+            yield Parameter(width * args.num_experts)  # the router
+            experts = [mlp(args.moe_ffn_hidden_size, self.groups.expert_tensor.size, expert=True)]
+            experts *= args.num_experts // self.groups.expert.size
+            yield from chain.from_iterable(zip(*experts, strict=True) if args.moe_grouped_gemm else experts)
+            if args.moe_shared_expert_intermediate_size:
+                yield from mlp(args.moe_shared_expert_intermediate_size, tensor)
+        if self.last and chunk == self.chunks - 1:
+            yield norm
+            if not (tied and self.first):
+                yield Parameter(embedding, shared=tied)
+
     @property
     def dense_parameters(self) -> float:
-        """That this GPU holds, without experts."""
-        args, tensor = self.args, self.args.tensor_model_parallel_size
-        matrices = 3 if args.swiglu else 2
-        embedding = args.padded_vocab_size * args.hidden_size / tensor
-        attention = args.hidden_size * (self.heads_width + args.kv_channels * args.num_attention_heads) / tensor
-        mlp = matrices * args.hidden_size * args.ffn_hidden_size / tensor
-        shared = matrices * args.hidden_size * (args.moe_shared_expert_intermediate_size or 0) / tensor
-        ends = self.first + (self.last and (args.untie_embeddings_and_output_weights or not self.first))
-        per_moe_layer = shared + args.hidden_size * (args.num_experts or 0)
-        layers = self.layers * attention + (self.layers - self.moe_layers) * mlp + self.moe_layers * per_moe_layer
-        return ends * embedding + layers + self.norm_parameters
+        """Elements that this GPU holds, without experts'."""
+        return self._elements(of_experts=False)
+
+    @property
+    def expert_parameters(self) -> float:
+        """Elements that this GPU holds of experts."""
+        return self._elements(of_experts=True)
+
+    def _elements(self, *, of_experts: bool) -> float:
+        held = chain.from_iterable(map(self.parameters, range(self.chunks)))
+        return sum(parameter.size for parameter in held if parameter.expert == of_experts)
 
     @property
     def norm_parameters(self) -> int:
         width = self.args.hidden_size * (1 if self.args.normalization == "RMSNorm" else 2)
         return int((2 * self.layers + self.last) * width)
-
-    @property
-    def expert_parameters(self) -> float:
-        """That this GPU holds of experts."""
-        args = self.args
-        matrices = 3 if args.swiglu else 2
-        experts = (args.num_experts or 0) / (self.groups.tensor_expert.size)
-        return self.moe_layers * experts * matrices * args.hidden_size * (args.moe_ffn_hidden_size or 0)
 
 
 def stages_of(args: Namespace, per_node: int) -> list[Stage]:
@@ -161,11 +195,19 @@ def stages_of(args: Namespace, per_node: int) -> list[Stage]:
     ]
     if uneven or args.num_layers % args.pipeline_model_parallel_size:
         raise UserError(f"communication is modelled for pipeline stages of equal layers, not {', '.join(uneven)}")
-    if args.num_experts is not None and args.moe_token_dispatcher_type != "alltoall":
-        raise UserError(
-            f"moe_token_dispatcher_type {args.moe_token_dispatcher_type} is given; communication is modelled for "
-            "alltoall"
-        )
+    for name, concerned, modelled in (
+        ("moe_token_dispatcher_type", args.num_experts is not None, "alltoall"),
+        ("cp_comm_type", args.context_parallel_size > 1, "p2p"),
+        ("recompute_method", args.recompute_granularity == "full", "uniform"),
+        ("num_distributed_optimizer_instances", True, "1"),
+    ):
+        value = getattr(args, name)
+        given = " ".join(dict.fromkeys(value)) if isinstance(value, list) else str(value)
+        if concerned and given != modelled:
+            raise UserError(f"{name} {given} is given; communication is modelled for {modelled}")
+    for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
+        if getattr(args, name):
+            raise UserError(f"{name} is given; communication is not modelled with it")
     groups = groups_of(args, per_node)
     return [Stage(args, number, groups) for number in range(args.pipeline_model_parallel_size)]
 
@@ -196,10 +238,8 @@ def _tensor(stage: Stage) -> Iterator[Collective]:
     args, group = stage.args, stage.groups.tensor
     width, tensor = args.hidden_size, args.tensor_model_parallel_size
 
-    def call(operation: Operation, payload: float, calls: float, beside: float = 0.0, **more: bool) -> Collective:
-        return Collective(
-            kind="tensor", operation=operation, group=group, payload=payload, calls=calls, beside=beside, **more
-        )
+    def call(operation: Operation, payload: float, calls: float, beside: float = 0.0) -> Collective:
+        return Collective(kind="tensor", operation=operation, group=group, payload=payload, calls=calls, beside=beside)
 
     def pair(first: float, second: float, calls: int, forwards: int) -> Iterator[Collective]:
         """Two linear layers, column and row parallel, of `first` and `second` parameters, `calls` times."""
@@ -237,13 +277,13 @@ def _tensor(stage: Stage) -> Iterator[Collective]:
             yield call("all_reduce", stage.activation, 1)
         yield call("broadcast", 8 * batch, 2)  # tokens and their positions
     if stage.last:
-        product = 2 * stage.tokens * width * args.padded_vocab_size / tensor
+        logits = 2 * stage.tokens * width * args.padded_vocab_size / tensor
         if args.sequence_parallel:
             yield call("all_gather", stage.activation, 1)
-            yield call("all_gather", stage.activation, 1, product)
-            yield call("reduce_scatter", stage.activation, 1, product)
+            yield call("all_gather", stage.activation, 1, logits)
+            yield call("reduce_scatter", stage.activation, 1, logits)
         else:
-            yield call("all_reduce", stage.activation, 1, product)
+            yield call("all_reduce", stage.activation, 1, logits)
         if args.cross_entropy_loss_fusion:
             yield call("all_reduce", 4 * stage.tokens, 1)
             yield call("all_reduce", 8 * stage.tokens, 1)
@@ -253,7 +293,8 @@ def _tensor(stage: Stage) -> Iterator[Collective]:
         yield call("broadcast", 4 * batch, 1)  # loss mask
     if args.sequence_parallel:  # weights that every rank applies to tokens of its own
         router = stage.moe_layers * width * (args.num_experts or 0)
-        yield call("all_reduce", (stage.norm_parameters + router) * stage.gradient, 1, in_step=True)
+        payload = (stage.norm_parameters + router) * stage.gradient
+        yield Collective(kind="tensor", operation="all_reduce", group=group, payload=payload, calls=1, in_step=True)
 
 
 def _context(stage: Stage, ring: bool) -> Iterator[Collective]:
@@ -314,7 +355,10 @@ def _pipeline(stage: Stage) -> Iterator[Collective]:
     payload = stage.activation / (args.tensor_model_parallel_size if args.sequence_parallel else 1)
     # The ends of virtual stages are neighbours as well, but for the very first and the very last.
     sends = (stage.chunks - stage.last) + (stage.chunks - stage.first)
-    yield Collective(kind="pipeline", operation="send", group=groups.pipeline, payload=payload, calls=sends)
+    beside = math.inf if args.overlap_p2p_comm else 0.0  # with virtual stages, the next one's pass
+    yield Collective(
+        kind="pipeline", operation="send", group=groups.pipeline, payload=payload, calls=sends, beside=beside
+    )
     if not args.untie_embeddings_and_output_weights and (stage.first or stage.last):
         embedding = args.padded_vocab_size * args.hidden_size / args.tensor_model_parallel_size
         yield Collective(
@@ -324,39 +368,50 @@ def _pipeline(stage: Stage) -> Iterator[Collective]:
 
 
 def _data(stage: Stage) -> Iterator[Collective]:
+    """Gradients and weights, bucket by bucket; where experts are apart, of two optimizers."""
     args, groups = stage.args, stage.groups
     apart = _experts_apart(stage)
-    held: tuple[tuple[Group, float], ...] = ((groups.data, stage.dense_parameters + stage.expert_parameters),)
-    if apart:
-        held = ((groups.data, stage.dense_parameters), (groups.expert_data, stage.expert_parameters))
-    for group, parameters in held:
-        buckets = stage.chunks * _buckets(args, parameters / stage.chunks, group)
-        in_bucket = parameters / buckets
-        sizes: tuple[tuple[Operation, int], ...] = (("all_reduce", stage.gradient),)
-        if args.use_distributed_optimizer:
-            sizes = (("reduce_scatter", stage.gradient), ("all_gather", stage.element))
-            equal_parts = math.lcm(group.size, _WHOLE * (_WIDE if args.ddp_pad_buckets_for_high_nccl_busbw else 1))
-            in_bucket = math.ceil(in_bucket / equal_parts) * equal_parts
-        # Dense weights and experts have an optimizer each, and either gathers all weights, unless layers do it.
-        gathers = 2 if apart and not args.overlap_param_gather else 1
-        for operation, size in sizes:
-            yield Collective(
-                kind="data", operation=operation, group=group, payload=in_bucket * size,
-                calls=buckets * (gathers if operation == "all_gather" else 1), in_step=True,
-            )  # fmt: skip
+    sizes: tuple[tuple[Operation, int], ...] = (("all_reduce", stage.gradient),)
+    if args.use_distributed_optimizer:
+        sizes = (("reduce_scatter", stage.gradient), ("all_gather", stage.element))
+    # Dense weights and experts have an optimizer each, and either gathers all weights, unless layers do it.
+    gathers = 2 if apart and not args.overlap_param_gather else 1
+    for chunk, group in product(range(stage.chunks), (groups.data, groups.expert_data) if apart else (groups.data,)):
+        of_experts = group is groups.expert_data
+        held = [one for one in stage.parameters(chunk) if not apart or one.expert == of_experts]
+        padding = Padding(group.size, args.ddp_pad_buckets_for_high_nccl_busbw)
+        threshold = _bucket_size(stage) if chunk == 0 else None
+        buckets = list(fill_buckets(held, threshold, padding if args.use_distributed_optimizer else None))
+        # That of the first weights: nothing is left to compute when it is filled, nothing can be before it is gathered.
+        alone = len(buckets) - 1 if chunk == 0 else None
+        for (elements, hides), number in Counter((size, at != alone) for at, size in enumerate(buckets)).items():
+            for operation, size in sizes:
+                gathering = operation == "all_gather"
+                overlaps = hides and (args.overlap_param_gather if gathering else args.overlap_grad_reduce)
+                yield Collective(
+                    kind="data", operation=operation, group=group, payload=elements * size,
+                    calls=number * (gathers if gathering else 1), in_step=True,
+                    during=("forward" if gathering else "backward") if overlaps else None,
+                )  # fmt: skip
 
 
 def _experts_apart(stage: Stage) -> bool:
-    """Whether experts have gradients and an optimizer apart from dense weights'; not where each rank holds them all."""
-    return stage.args.num_experts is not None and stage.groups.expert.size > 1
+    """Whether experts have gradients and an optimizer apart from dense weights'; not if they are cut as those are."""
+    groups = stage.groups
+    cut_otherwise = groups.expert.size > 1 or groups.expert_tensor.size != groups.tensor.size
+    return stage.args.num_experts is not None and cut_otherwise
 
 
-def _buckets(args: Namespace, parameters: float, group: Group) -> int:
-    """Into how many pieces gradients are cut, so that the first may leave while the last is computed."""
-    if not args.overlap_grad_reduce:
-        return 1
-    size = args.ddp_bucket_size or max(_BUCKET, _BUCKET_PER_RANK * group.size)
-    return max(1, round(parameters / size))
+def _bucket_size(stage: Stage) -> float | None:
+    """Elements that fill a bucket of the first chunk, experts or not; None for one bucket, as in later stages."""
+    args = stage.args
+    if not args.overlap_grad_reduce or not stage.first or args.overlap_param_gather_with_optimizer_step:
+        return None
+    if args.ddp_num_buckets is not None:
+        return (stage.dense_parameters + stage.expert_parameters) // args.ddp_num_buckets
+    if args.ddp_bucket_size is not None:
+        return float(args.ddp_bucket_size)
+    return max(_BUCKET, _BUCKET_PER_RANK * stage.groups.data.size)
 
 
 def _control(stage: Stage) -> Iterator[Collective]:

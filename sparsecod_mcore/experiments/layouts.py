@@ -6,6 +6,7 @@ from copy import copy
 from dataclasses import dataclass
 
 from sparsecod_mcore.errors import UserError
+from sparsecod_mcore.experiments.arguments import padded_vocabulary
 from sparsecod_mcore.experiments.gpus import Gpu
 from sparsecod_mcore.experiments.memory import Memory, estimate_memory
 
@@ -57,7 +58,12 @@ def layout_of(args: Namespace) -> Layout:
 
 def with_layout(args: Namespace, layout: Layout) -> Namespace:
     """Validated `args` laid out otherwise, for estimates; `planned_arguments` with the layout's flags validates it."""
+    padded = args.vocab_size is not None and args.padded_vocab_size == padded_vocabulary(
+        args, args.tensor_model_parallel_size
+    )
     args = copy(args)
+    if padded:
+        args.padded_vocab_size = padded_vocabulary(args, layout.tensor)
     args.tensor_model_parallel_size, args.pipeline_model_parallel_size = layout.tensor, layout.pipeline
     args.context_parallel_size, args.expert_model_parallel_size = layout.context, layout.expert
     args.expert_tensor_parallel_size = 1 if layout.expert > 1 else layout.tensor
@@ -65,6 +71,7 @@ def with_layout(args: Namespace, layout: Layout) -> Namespace:
     args.world_size = layout.data * layout.tensor * layout.pipeline * layout.context
     args.sequence_parallel = layout.tensor > 1
     args.recompute_granularity = "full" if layout.recompute else None
+    args.recompute_method = "uniform" if layout.recompute else None
     return args
 
 

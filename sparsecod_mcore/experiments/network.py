@@ -1,10 +1,12 @@
-"""How long a collective takes: latency plus bytes over bandwidth, as NCCL itself estimates it to choose algorithms.
+"""How long a collective takes: latency plus bytes over bandwidth, simplified from what NCCL chooses algorithms by.
 
 No number here was measured by this project. Latencies, what protocols and trees leave of the bandwidth, and bandwidths
 of NVLink are those of NCCL 2.28.7 (src/graph/tuning.cc, ncclTunerConstantsDefaults and ncclTopoTuneModel;
 src/graph/topo.h, SM*_NVLINK_BW); adapters are the line rates of NVIDIA's data sheets of the DGX systems. Reductions
 inside switches (SHARP, NVLS), what NCCL allows a channel at most, contention between jobs, and switches that are
-oversubscribed are not in it.
+oversubscribed are not in it; nor, of NCCL's own estimate, its correction of trees by size, its 1.4 for large reductions
+on rings, the network's overhead in every step inside a node and adapters' latency, its case of one rank to a node, and
+what it limits LL to in sends.
 """
 
 import math
@@ -12,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from sparsecod_mcore.experiments.collectives import Collective, Operation
+from sparsecod_mcore.experiments.collectives import Collective
 from sparsecod_mcore.experiments.gpus import Gpu
 from sparsecod_mcore.experiments.groups import Group
 
@@ -83,34 +85,29 @@ class Network:
 
     def seconds(self, one: Collective) -> float:
         """Of one call: the cheapest of NCCL's algorithms and protocols."""
-        return min(
-            seconds for wire in self.wires for seconds in self._ways(one.operation, one.payload, one.group, wire)
-        )
+        return min(seconds for wire in self.wires for seconds in self._ways(one, wire))
 
-    def _ways(self, operation: Operation, payload: float, group: Group, wire: Wire) -> Iterator[float]:
+    def _ways(self, one: Collective, wire: Wire) -> Iterator[float]:
+        operation, payload, group = one.operation, one.payload, one.group
         if operation in ("all_reduce", "barrier"):  # a barrier reduces one element
-            yield self._ring(2, payload, group, wire)
+            yield self._ring(2, one, wire)
             steps = 2 * self._down(group, wire.tree.latency)
             yield wire.tree.latency.call + steps + 2 * payload / self._bandwidth(group, wire, wire.tree)
-        elif operation in ("all_gather", "reduce_scatter"):
-            yield self._ring(1, payload, group, wire)
-        elif operation == "broadcast":
-            steps = self._down(group, wire.tree.latency)
-            yield wire.tree.latency.call + steps + payload / self._bandwidth(group, wire, wire.tree)
+        elif operation in ("all_gather", "reduce_scatter", "broadcast"):
+            yield self._ring(1, one, wire)
         elif wire.sends:
             near, far, each = group.in_node - 1, group.size - group.in_node, payload / group.size
             if operation == "send":  # to the farther of the neighbours
                 near, far, each = *((0, 1) if group.nodes > 1 else (1, 0)), payload
             yield self._sends(near, far, each, wire)
 
-    def _ring(self, passes: int, payload: float, group: Group, wire: Wire) -> float:
-        """A reduction is two passes round the ring, a gather or a scatter one."""
-        latency = wire.ring.latency
+    def _ring(self, passes: int, one: Collective, wire: Wire) -> float:
+        """A reduction is two passes round the ring, a gather, a scatter or a broadcast one."""
+        group, latency = one.group, wire.ring.latency
         between = passes * (group.nodes - 1)
         in_node = passes * (group.size - 1) - between
-        sent = passes * (group.size - 1) / group.size * payload
         steps = in_node * latency.in_node + between * latency.between
-        return latency.call + steps + sent / self._bandwidth(group, wire, wire.ring)
+        return latency.call + steps + one.sent / self._bandwidth(group, wire, wire.ring)
 
     def _down(self, group: Group, latency: Latency) -> float:
         """Steps of a tree of nodes, and of a chain in each."""

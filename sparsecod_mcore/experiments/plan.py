@@ -1,10 +1,12 @@
 """What one configuration takes: parameters, operations, steps, memory, a layout, GPU-hours."""
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from sparsecod_mcore.config import explicit_settings, with_config
 from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.experiments.amounts import in_words, seconds_in_words
 from sparsecod_mcore.experiments.arguments import planned_arguments
@@ -16,7 +18,14 @@ from sparsecod_mcore.experiments.parameters import Parameters, count_parameters
 from sparsecod_mcore.experiments.remarks import remarks_on
 from sparsecod_mcore.experiments.scale import Scale, describe_scale, estimate_scale
 
-_LAYOUT_FLAGS = ("tensor-model", "pipeline-model", "context", "expert-model")
+# Keys that make a layout a given one, that --compare chooses itself, and that tell a given layout.
+_SIZES = tuple(f"{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context", "expert_model"))
+_RECOMPUTATION = tuple(
+    f"recompute_{name}" for name in ("activations", "granularity", "method", "num_layers", "modules")
+)
+_CHOSEN = (*_SIZES, "expert_tensor_parallel_size", *_RECOMPUTATION)
+_VIRTUAL_STAGES = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
+_LAYOUT = (*_CHOSEN, *_VIRTUAL_STAGES, "sequence_parallel", "micro_batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +47,7 @@ class Plan:
     layout: Layout
     memory: Memory
     given: bool  # whether the layout was given, not suggested
+    layout_flags: tuple[str, ...]  # as given, or as suggested
     scale: Scale | None  # None where communication is not modelled; a remark says why
     remarks: tuple[str, ...]
 
@@ -47,6 +57,7 @@ class Plan:
 
     @property
     def gpu_hours(self) -> float:
+        """Of computing alone."""
         return self.flops.total / (self.machine.gpu.peak * self.machine.mfu) / 3600
 
 
@@ -62,15 +73,18 @@ def machine_of(kind: str, gpus: int, mfu: float) -> Machine:
 def make_plan(path: Path, flags: Sequence[str], machine: Machine) -> Plan:
     """Plan the run of a configuration, overridden by Megatron's `flags`, on a machine.
 
-    Flags that name a parallel size give the layout, micro-batch included; without any, one is suggested and validated.
+    A parallel size in either gives the layout, micro-batch included; without any, one is suggested and validated.
     Raises `UserError` for what training would refuse, and where nothing fits.
     """
-    given = any(f"--{name}-parallel-size" in flag for flag in flags for name in _LAYOUT_FLAGS)
+    settings = _settings(path, flags)
+    given = any(name in settings for name in _SIZES)
     if given:
+        layout_flags = [word for name in _LAYOUT if name in settings for word in _as_flag(name, settings[name])]
         args = planned_arguments(path, flags, gpus=machine.gpus)
     else:
         layout, _ = suggest_layout(planned_arguments(path, flags), machine.gpus, machine.gpu)
-        args = planned_arguments(path, [*flags, *layout.flags], gpus=machine.gpus)
+        layout_flags = layout.flags
+        args = planned_arguments(path, [*flags, *layout_flags], gpus=machine.gpus)
     memory = estimate_memory(args)
     remarks = remarks_on(path, args)
     if memory.total > machine.gpu.memory:
@@ -89,9 +103,22 @@ def make_plan(path: Path, flags: Sequence[str], machine: Machine) -> Plan:
         layout=layout_of(args),
         memory=memory,
         given=given,
+        layout_flags=tuple(layout_flags),
         scale=scale,
         remarks=remarks,
     )
+
+
+def _settings(path: Path, flags: Sequence[str]) -> dict[str, Any]:
+    """What the configuration and the flags give, by key."""
+    return explicit_settings(with_config(["--config", str(path), *flags]))
+
+
+def _as_flag(key: str, value: Any) -> Iterator[str]:
+    if value is not False:
+        yield f"--{key.replace('_', '-')}"
+    if not isinstance(value, bool):
+        yield from map(str, value if isinstance(value, list) else [value])
 
 
 @dataclass(frozen=True)
@@ -108,13 +135,16 @@ def fastest_layouts(path: Path, flags: Sequence[str], machine: Machine, count: i
     """
     if count < 1:
         raise UserError(f"--compare {count} is given, 1 or more is accepted")
-    if given := [flag for flag in flags if any(f"--{name}-parallel-size" in flag for name in _LAYOUT_FLAGS)]:
-        raise UserError(f"--compare looks for layouts itself, and {given[0]} gives one")
+    settings = _settings(path, flags)
+    given = [name for name in _CHOSEN if name in settings]
+    if "micro_batch_size" in explicit_settings(flags):  # configurations have one, whatever the layout
+        given.append("micro_batch_size")
+    if given:
+        raise UserError(f"--compare looks for layouts itself, and --{given[0].replace('_', '-')} is given")
     args = planned_arguments(path, flags)
-    flops = count_flops(args)
     found = []
     for layout, memory in possible_layouts(args, machine.gpus, machine.gpu):
-        scale = estimate_scale(with_layout(args, layout), machine.gpu, machine.mfu, flops)
+        scale = estimate_scale(with_layout(args, layout), machine.gpu, machine.mfu)
         found.append(Candidate(layout, memory, scale))
     return sorted(found, key=lambda candidate: candidate.scale.time.total)[:count]
 
@@ -161,11 +191,11 @@ def describe(plan: Plan) -> str:
         f"{args.seq_length}), {flops.total:.3e} in all",
         f"  tokens       {in_words(plan.tokens)} in {args.train_iters} steps of {args.global_batch_size} x "
         f"{args.seq_length}",
-        f"  layout       {_sizes(layout)} ({'given' if plan.given else 'suggested'}): {' '.join(layout.flags)}",
+        f"  layout       {_sizes(layout)} ({'given' if plan.given else 'suggested'}): {' '.join(plan.layout_flags)}",
         f"  memory       {memory.total / 1e9:.1f} GB of {machine.gpu.memory / 1e9:.0f} GB a GPU (weights and optimizer "
         f"{memory.weights_and_optimizer / 1e9:.1f}, activations {memory.activations / 1e9:.1f}; estimated)",
-        f"  time         {plan.gpu_hours:.3g} GPU-hours on {machine.gpu.kind} at {machine.mfu:.0%} MFU: "
-        f"{plan.gpu_hours / machine.gpus:.3g} h on {machine.gpus}",
+        f"  computing    {plan.gpu_hours:.3g} GPU-hours on {machine.gpu.kind} at {machine.mfu:.0%} MFU, without "
+        f"anything waited for: {plan.gpu_hours / machine.gpus:.3g} h on {machine.gpus}",
         *(() if plan.scale is None else describe_scale(plan.scale, args.train_iters)),
         *(f"  ! {remark}" for remark in plan.remarks),
     ]

@@ -66,11 +66,12 @@ def describe_scale(scale: Scale, steps: int) -> list[str]:
     exposed = {_NAMES[kind]: seconds for kind, seconds in time.exposed.items() if seconds}
     parts = {"compute": time.compute, "pipeline bubble": time.bubble, **exposed}
     hidden = sum(time.hidden.values())
+    of = f", pipeline rank {time.slowest.number} the slowest; once a step, rank 0" if len(scale.stages) > 1 else ""
     shown = ", ".join(f"{name} {seconds_in_words(seconds)}" for name, seconds in parts.items() if seconds)
     lines = [
         f"  step         {seconds_in_words(time.total)}: {shown}"
         f"{f'; {seconds_in_words(hidden)} of communication beside computing' if hidden else ''}",
-        f"               {scale.mfu:.1%} MFU with all that, {steps * time.total / 3600:.3g} h in all (modelled)",
+        f"               {scale.mfu:.1%} MFU with all that, {steps * time.total / 3600:.3g} h in all (modelled{of})",
     ]
     if not any(scale.stages.values()):
         return lines
@@ -91,14 +92,14 @@ def _volumes(scale: Scale) -> Iterator[str]:
         row = by_kind[one.kind][one.operation]
         row[0] += sent(stage, one)
         row[1] += one.calls * (1 if one.in_step else stage.micro_batches)
-    heading = "sent"
+    heading, of = "sent", f" of pipeline rank {stage.number}" if len(scale.stages) > 1 else ""
     for kind, operations in by_kind.items():
         total = sum(size for size, _ in operations.values())
         details = ", ".join(
             f"{operation.replace('_', '-')} {bytes_in_words(size)} in {calls:,.4g} calls"
             for operation, (size, calls) in operations.items()
         )
-        yield f"  {heading:12} {_NAMES[kind]} {bytes_in_words(total)} a GPU and step: {details}"
+        yield f"  {heading:12} {_NAMES[kind]} {bytes_in_words(total)} a GPU{of} and step: {details}"
         heading = ""
 
 

@@ -6,12 +6,12 @@ al. 2021, arXiv:2104.04473, for stages that need not be equal). Computing takes 
 passes two thirds of it; with full recomputation layers are computed once more.
 
 Hidden are only what Megatron runs beside computation: tensor parallel collectives of backward passes beside a gradient
-(all of them with tp_comm_overlap), the context parallel ring beside attention, and, with overlap_grad_reduce and
+(all of them with tp_comm_overlap), the context parallel ring beside attention, with virtual stages what pipeline stages
+send (not with --no-overlap-p2p-communication), and, with overlap_grad_reduce and
 overlap_param_gather, gradients beside the last backward pass and weights beside the first forward pass, but for the
-last and the first bucket. All else is waited for.
+bucket that holds the embedding (buckets.py). All else is waited for.
 """
 
-from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,9 +27,10 @@ _BACKWARD, _FORWARD = 2 / 3, 1 / 3
 class StepTime:
     """Seconds of one step, by what they are spent on."""
 
+    slowest: Stage
     compute: float  # of the slowest stage
     bubble: float  # in which that stage waits for the pipeline to fill and drain
-    exposed: Mapping[Kind, float]  # communication that is waited for
+    exposed: Mapping[Kind, float]  # communication that is waited for: the slowest stage's, and once a step the first's
     hidden: Mapping[Kind, float]  # communication beside computation
 
     @property
@@ -51,8 +52,9 @@ def step_time(
     compute, exposed, hidden = passes[slowest]
     number = slowest.micro_batches
     bubble = (sum(seconds.values()) - seconds[slowest]) / slowest.chunks
-    exposed_in_step, hidden_in_step = _of_step(first, stages[first], cost, passes[first][0])
+    exposed_in_step, hidden_in_step = _of_step(stages[first], cost, passes[first][0])
     return StepTime(
+        slowest=slowest,
         compute=number * compute,
         bubble=bubble,
         exposed=_sum({kind: number * taken for kind, taken in exposed.items()}, exposed_in_step),
@@ -86,28 +88,23 @@ def _of_micro_batch(
 
 
 def _of_step(
-    stage: Stage, collectives: Iterable[Collective], cost: Cost, compute: float
+    collectives: Iterable[Collective], cost: Cost, compute: float
 ) -> tuple[dict[Kind, float], dict[Kind, float]]:
     """Of what is sent once a step; `compute` seconds of a micro-batch may hide gradients and weights."""
     exposed: dict[Kind, float] = defaultdict(float)
     hidden: dict[Kind, float] = defaultdict(float)
-    room = {"gradients": _BACKWARD * compute, "weights": _FORWARD * compute}  # shared by dense weights and experts
+    room = {"forward": _FORWARD * compute, "backward": _BACKWARD * compute}  # shared by dense weights and experts
     for one in collectives:
         if not one.in_step:
             continue
         taken = one.calls * cost.seconds(one)
         beside = 0.0
-        if one.kind == "data" and _overlaps(stage.args, one):
-            what = "weights" if one.operation == "all_gather" else "gradients"
-            beside = min(taken * (one.calls - 1) / one.calls, room[what])
-            room[what] -= beside
+        if one.during is not None:
+            beside = min(taken, room[one.during])
+            room[one.during] -= beside
         exposed[one.kind] += taken - beside
         hidden[one.kind] += beside
     return exposed, hidden
-
-
-def _overlaps(args: Namespace, one: Collective) -> bool:
-    return bool(args.overlap_param_gather if one.operation == "all_gather" else args.overlap_grad_reduce)
 
 
 def _sum(*parts: Mapping[Kind, float]) -> dict[Kind, float]:

@@ -87,6 +87,9 @@ def check_layout(args: Namespace) -> None:
         raise UserError(
             f"lr_warmup_iters {args.lr_warmup_iters} must be below the {decay_iters} iterations of the schedule"
         )
+    for flag, number in (("--log-interval", args.log_interval), ("--ddp-num-buckets", args.ddp_num_buckets)):
+        if number is not None and number < 1:
+            raise UserError(f"{flag} {number} is given, 1 or more is accepted")
     ranks_of_a_model = tensor * pipeline * args.context_parallel_size
     if args.world_size % ranks_of_a_model:
         raise UserError(

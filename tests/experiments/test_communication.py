@@ -1,5 +1,7 @@
 """What a plan says of communication: volumes against intercepted calls of real jobs, times against formulas."""
 
+import json
+import re
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +12,29 @@ from sparsecod_mcore import platform
 
 platform.prepare()
 
-from benchmarks.communication import COMMON, EXACT, Job, compare_volumes, error, run_job  # noqa: E402
+from megatron.core.distributed import DistributedDataParallelConfig  # noqa: E402
+from megatron.core.distributed.param_and_grad_buffer import _compute_default_per_buffer_param_layout  # noqa: E402
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
+
+from benchmarks.communication import (  # noqa: E402
+    BATCH,
+    COMMON,
+    EXACT,
+    JOBS,
+    RESULTS,
+    Job,
+    arguments_of,
+    compare_volumes,
+    error,
+    jobs_of,
+    modelled_volume,
+    run_job,
+)
 from benchmarks.gloo_costs import Line  # noqa: E402
 from sparsecod_mcore.errors import UserError  # noqa: E402
 from sparsecod_mcore.experiments.amounts import bytes_in_words, seconds_in_words  # noqa: E402
 from sparsecod_mcore.experiments.arguments import planned_arguments  # noqa: E402
+from sparsecod_mcore.experiments.buckets import Padding, fill_buckets  # noqa: E402
 from sparsecod_mcore.experiments.collectives import (  # noqa: E402
     Collective,
     Stage,
@@ -30,6 +50,7 @@ from sparsecod_mcore.experiments.parameters import count_parameters  # noqa: E40
 from sparsecod_mcore.experiments.plan import describe, fastest_layouts, machine_of, make_plan  # noqa: E402
 from sparsecod_mcore.experiments.step_time import step_time  # noqa: E402
 from tests.distributed.jobs import TINY, TINY_MOE  # noqa: E402
+from tests.experiments.meta_models import build_on_meta  # noqa: E402
 
 DENSE, MOE = CONFIGS / "paper" / "dense_1b.yaml", CONFIGS / "paper" / "moe_2b_a400m.yaml"
 TENSOR = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
@@ -51,12 +72,20 @@ def test_volumes_are_those_of_real_jobs(processes: int, flags: tuple[str, ...], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
-def test_volumes_are_those_of_one_rank_among_4096(experts: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        (TINY, ()),
+        (TINY, ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "20000")),
+        (TINY_MOE + TINY, ("--expert-model-parallel-size", "4")),
+    ],
+    ids=["dense", "dense in buckets", "experts"],
+)
+def test_volumes_are_those_of_one_rank_among_4096(model: str, flags: tuple[str, ...], tmp_path: Path) -> None:
     """Megatron's fake process groups send nothing, and are called as real ones would be."""
     config = tmp_path / "tiny.yaml"
-    config.write_text(TINY_MOE + TINY if experts else TINY)
-    flags = (*TENSOR, *PIPELINE, *(("--expert-model-parallel-size", "4") if experts else ()))
+    config.write_text(model)
+    flags = (*TENSOR, *PIPELINE, *flags)
     flags += ("--global-batch-size", "2048", "--micro-batch-size", "1", "--use-distributed-optimizer")
     assert_volumes(Job("", config, 4096, flags, fake=True), tmp_path / "job")
 
@@ -68,6 +97,21 @@ def assert_volumes(job: Job, out: Path) -> None:
     # Nobody sends rows to an expert among ranks that do not exist.
     rows = [row for row in rows if not (job.fake and row["group"] in ("expert", "expert_tensor"))]
     assert not [row for row in rows if abs(error(row)) > EXACT]
+
+
+def test_volumes_are_those_that_were_recorded() -> None:
+    """Of every job in the committed result; rows reach experts as they are routed, not evenly."""
+    recorded = json.loads((RESULTS / "communication_micro.json").read_text())["jobs"]
+    for job in (job for job in JOBS if job.name in recorded):
+        stages = stages_of(arguments_of(job, [*COMMON, *BATCH]), per_node=job.processes)
+        modelled = [modelled_volume(stage) for stage in stages]
+        for row in recorded[job.name]["volumes"]:
+            said = modelled[row["rank"] * len(stages) // job.processes]
+            calls, size = said[row["who"], row["operation"], row["group"]]
+            routed = row["operation"] == "all_to_all"
+            assert calls == pytest.approx(row["calls"]) and size == pytest.approx(
+                row["bytes"], 0.12 if routed else EXACT
+            )
 
 
 def laid_out(path: Path, gpus: int, *flags: str) -> Namespace:
@@ -114,11 +158,53 @@ def test_gradients_are_sent_twice_round_and_weights_once() -> None:
     args = laid_out(DENSE, 8)
     (stage,) = stages_of(args, per_node=8)
     parameters = count_parameters(args).total
-    # With the distributed optimizer each of 32 buckets is padded, here to a multiple of 128.
-    assert 4 * parameters <= total(stage, "data", "reduce_scatter") < 4 * (parameters + 32 * 128)
-    assert 2 * parameters <= total(stage, "data", "all_gather") < 2 * (parameters + 32 * 128)
+    # With the distributed optimizer each of 18 buckets is padded, here to a multiple of 128.
+    assert 4 * parameters <= total(stage, "data", "reduce_scatter") < 4 * (parameters + 18 * 128)
+    assert 2 * parameters <= total(stage, "data", "all_gather") < 2 * (parameters + 18 * 128)
     args.use_distributed_optimizer = False
     assert total(stage, "data", "all_reduce") == 4 * parameters
+
+
+@pytest.mark.parametrize("optimizer", [True, False], ids=["distributed optimizer", "plain"])
+@pytest.mark.parametrize("path", [DENSE, MOE], ids=["dense", "experts"])
+@pytest.mark.parametrize("size", [40_000_000, 3_000_000])
+def test_buckets_are_megatrons(path: Path, optimizer: bool, size: int) -> None:
+    """Of the model that Megatron builds, by its own layout of buffers."""
+    args = planned_arguments(path, ["--ddp-bucket-size", str(size)])
+    parameters = list(build_on_meta(args).parameters())
+    settings = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    layout = _compute_default_per_buffer_param_layout(parameters, size)
+    if optimizer:
+        layout = DistributedOptimizer._compute_per_buffer_param_layout(parameters, size, 8, settings)
+    (stage,) = stages_of(args, per_node=8)
+    buckets = fill_buckets(list(stage.parameters(0)), size, Padding(8, False) if optimizer else None)
+    assert list(buckets) == [end - start for start, end in layout.bucket_indices]
+
+
+def test_the_bucket_of_the_embedding_hides_behind_nothing() -> None:
+    def gradients(*flags: str, stage: int = 0) -> list[Collective]:
+        args = laid_out(DENSE, 8, "--tensor-model-parallel-size", "1", *flags)
+        sent = training_collectives(stages_of(args, per_node=8)[stage])
+        return [one for one in sent if (one.kind, one.operation) == ("data", "reduce_scatter")]
+
+    def buckets(*flags: str, stage: int = 0) -> float:
+        return sum(one.calls for one in gradients(*flags, stage=stage))
+
+    (last,) = [one for one in gradients() if one.during is None]
+    assert buckets() == 18 and last.calls == 1
+    assert last.payload / sum(one.payload * one.calls for one in gradients()) == pytest.approx(0.094, abs=5e-4)
+    assert buckets("--ddp-num-buckets", "4") == 4
+    assert buckets(*PIPELINE) > 1 and buckets(*PIPELINE, stage=1) == 1
+    interleaved = (*PIPELINE, "--num-virtual-stages-per-pipeline-rank", "2")
+    assert 2 < buckets(*interleaved) < buckets(*PIPELINE) and buckets(*interleaved, stage=1) == 2
+
+
+def test_virtual_stages_send_beside_computing() -> None:
+    interleaved = [*PIPELINE, "--num-virtual-stages-per-pipeline-rank", "2", "--micro-batch-size", "1"]
+    times = [make_plan(DENSE, flags, machine_of("H100", 8, 0.4)).scale for flags in (PIPELINE, interleaved)]
+    plain, hidden = (scale.time for scale in times if scale is not None)
+    assert plain.exposed["pipeline"] and not plain.hidden["pipeline"]
+    assert hidden.hidden["pipeline"] and not hidden.exposed["pipeline"]
 
 
 def test_experts_get_rows_and_send_them_back() -> None:
@@ -176,8 +262,9 @@ def test_a_step_is_its_pipeline_and_what_nothing_hides() -> None:
     group = stages[0].groups.data
     shown = Collective(kind="pipeline", operation="send", group=group, payload=1, calls=2)
     beside = replace(shown, kind="tensor", beside=speed / 4)
-    gradients = Collective(kind="data", operation="reduce_scatter", group=group, payload=1, calls=4, in_step=True)
-    time = step_time({stage: [shown, beside, gradients] for stage in stages}, flops, Constant(), speed)
+    last = Collective(kind="data", operation="reduce_scatter", group=group, payload=1, calls=1, in_step=True)
+    others = replace(last, calls=3, during="backward")
+    time = step_time({stage: [shown, beside, others, last] for stage in stages}, flops, Constant(), speed)
     # Two calls of a second a micro-batch; of two others a quarter each is hidden; of gradients all but the last piece.
     assert time.exposed == pytest.approx({"pipeline": 2 * number, "tensor": 1.5 * number, "data": 1})
     assert time.hidden == pytest.approx({"pipeline": 0, "tensor": 0.5 * number, "data": 3})
@@ -217,11 +304,33 @@ def test_refusals() -> None:
     machine = machine_of("H100", 64, 0.4)
     with pytest.raises(UserError, match="--compare 0 is given, 1 or more is accepted"):
         fastest_layouts(DENSE, [], machine, 0)
-    with pytest.raises(UserError, match="looks for layouts itself, and --tensor-model-parallel-size gives one"):
-        fastest_layouts(DENSE, list(TENSOR), machine, 1)
+    for given in (TENSOR, ("--micro-batch-size", "2"), ("--recompute-activations",)):
+        with pytest.raises(UserError, match=f"--compare looks for layouts itself, and {given[0]} is given"):
+            fastest_layouts(DENSE, given, machine, 1)
+    assert [job.name for job in jobs_of(["DP4", "TP2"])] == ["DP4", "TP2"]
+    with pytest.raises(UserError, match=r"--only 'TP3' is given, one of 'TP2', .* is accepted \(did you mean 'TP2'"):
+        jobs_of(["TP3"])
     allgather = ["--moe-token-dispatcher-type", "allgather", "--expert-model-parallel-size", "2"]
     plan = make_plan(MOE, allgather, machine)
     assert plan.scale is None and "communication is modelled for alltoall" in plan.remarks[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "remark"),
+    [
+        (["--context-parallel-size", "2", "--cp-comm-type", "a2a"], "cp_comm_type a2a is given; .* for p2p"),
+        (["--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor"], "use_megatron_fsdp is given; .* not modelled"),
+        (["--num-distributed-optimizer-instances", "2"], "num_distributed_optimizer_instances 2 is given; .* for 1"),
+        (
+            ["--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "1"],
+            "recompute_method block is given; .* for uniform",
+        ),
+    ],
+)
+def test_what_is_not_modelled_is_remarked_on(flags: list[str], remark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)  # as plans before have set it; FSDP refuses it
+    plan = make_plan(DENSE, ["--tensor-model-parallel-size", "1", *flags], machine_of("H100", 8, 0.4))
+    assert plan.scale is None and re.search(remark, plan.remarks[-1])
 
 
 def test_lines_go_through_small_and_large() -> None:

@@ -21,10 +21,10 @@ from sparsecod_mcore.experiments.arguments import planned_arguments  # noqa: E40
 from sparsecod_mcore.experiments.config_files import CONFIGS  # noqa: E402
 from sparsecod_mcore.experiments.flops import count_flops  # noqa: E402
 from sparsecod_mcore.experiments.gpus import gpu_of  # noqa: E402
-from sparsecod_mcore.experiments.layouts import layout_of, suggest_layout, with_layout  # noqa: E402
+from sparsecod_mcore.experiments.layouts import Layout, layout_of, suggest_layout, with_layout  # noqa: E402
 from sparsecod_mcore.experiments.memory import estimate_memory  # noqa: E402
 from sparsecod_mcore.experiments.parameters import count_parameters  # noqa: E402
-from sparsecod_mcore.experiments.plan import machine_of, make_plan  # noqa: E402
+from sparsecod_mcore.experiments.plan import describe, machine_of, make_plan  # noqa: E402
 from sparsecod_mcore.train.hardware import PEAK_BF16_FLOPS  # noqa: E402
 
 DENSE, MOE = CONFIGS / "paper" / "dense_1b.yaml", CONFIGS / "paper" / "moe_2b_a400m.yaml"
@@ -97,6 +97,28 @@ def test_a_given_layout_is_planned_as_it_is() -> None:
     flags = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipeline-model-parallel-size", "2"]
     plan = make_plan(DENSE, flags, machine_of("H100", 8, 0.4))
     assert plan.given and (plan.layout.tensor, plan.layout.pipeline, plan.layout.data) == (2, 2, 2)
+    assert plan.layout_flags[:4] == ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")
+    assert plan.layout_flags[4:] == ("--sequence-parallel", "--micro-batch-size", "4")
+    assert "at 40% MFU, without anything waited for" in describe(plan)
+
+
+def test_a_layout_may_be_given_by_the_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "cut.yaml"
+    path.write_text(f"{DENSE.read_text()}  kurtosis_interval: 0\ntensor_model_parallel_size: 2\n")
+    plan = make_plan(path, [], machine_of("H100", 8, 0.4))
+    assert plan.given and (plan.layout.tensor, plan.layout.data) == (2, 4)
+    assert plan.layout_flags == (
+        "--tensor-model-parallel-size",
+        "2",
+        "--micro-batch-size",
+        "4",
+    )  # not sequence parallel
+
+
+def test_vocabularies_are_padded_for_the_ranks_that_share_them(dense: Namespace) -> None:
+    cut = with_layout(dense, Layout(tensor=8, data=1, micro_batch=1))
+    assert (dense.padded_vocab_size, cut.padded_vocab_size) == (50304, 51200)
+    assert with_layout(cut, Layout(data=1, micro_batch=1)).padded_vocab_size == 50304
 
 
 def test_a_layout_that_does_not_fit_is_remarked_on() -> None:
@@ -119,6 +141,7 @@ def test_refusals() -> None:
     assert refusal(DENSE, mfu=1.5) == "--mfu 1.5 is given, above 0 and up to 1 is accepted"
     assert "3 GPUs can not share 16 heads, 16 layers and a global batch of 256" in refusal(DENSE, gpus=3)
     assert "no layout of 1 A100 fits" in refusal(CONFIGS / "paper" / "moe_7b_a1b.yaml", kind="a100", gpus=1)
+    assert refusal(DENSE, "--log-interval", "0") == "--log-interval 0 is given, 1 or more is accepted"
     assert "num_attention_heads 16 is not divisible by" in refusal(DENSE, "--tensor-model-parallel-size", "3", gpus=6)
     assert "8 processes are not divisible by" in refusal(DENSE, "--pipeline-model-parallel-size", "16")
     assert "Megatron refuses this configuration" in refusal(
