@@ -17,7 +17,12 @@ def leaving_on_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
         yield
         return
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+    def leave(number: int, _: object) -> None:
+        print("told to end (SIGTERM)", file=sys.stderr, flush=True)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
     try:
         yield
     finally:

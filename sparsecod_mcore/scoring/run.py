@@ -47,8 +47,8 @@ class Request:
     options: Options = field(default_factory=Options)
 
 
-def score_model(request: Request) -> Scores:
-    """Score the model and write scores.json and scores.csv.
+def score_model(request: Request, *, draw: bool = False) -> Scores:
+    """Score the model and write scores.json and scores.csv, and figures if asked to `draw`.
 
     After an interruption the same call runs all again but the interventions that were recorded.
     Collective under torchrun. Raises `UserError` for what the user can mend, before anything is computed.
@@ -79,7 +79,7 @@ def score_model(request: Request) -> Scores:
             loss=measured.loss,
             **measured.finished,
         )
-        parallel.from_first(lambda: _write(request.out, found, files))
+        parallel.from_first(lambda: _write(request.out, found, files, draw))
     return found
 
 
@@ -147,17 +147,19 @@ def means(stack: Stack, tokens_NT: torch.Tensor, unchanged: Unchanged, units: Se
     )
 
 
-def _write(out: Path, scores: Scores, files: WorkFiles[UnitSums]) -> None:
+def _write(out: Path, scores: Scores, files: WorkFiles[UnitSums], draw: bool) -> None:
     write_scores(out, scores)
-    files.remove()
+    if draw:
+        save_score_figures(out / "scores.json", out / "figures")
+    files.remove()  # last: until then the same call goes on
 
 
 def score_and_show(request: Request) -> None:
     """`score_model`, figures of what it found, and a summary on the screen. Collective under torchrun."""
-    scores = score_model(request)
+    scores = score_model(request, draw=True)
 
     def show() -> None:
-        figures = save_score_figures(request.out / "scores.json", request.out / "figures")
-        print(f"{summary(scores)}\n{request.out}: scores.json, scores.csv and {len(figures) // 2} figures")
+        figures = list((request.out / "figures").glob("*.svg"))
+        print(f"{summary(scores)}\n{request.out}: scores.json, scores.csv and {len(figures)} figures")
 
     parallel.from_first(show)

@@ -57,6 +57,8 @@ def _of_npy(path: Path) -> NDArray[np.integer]:
 
 
 def _of_dataset(prefix: str, sequences: int | None, length: int | None) -> NDArray[np.integer]:
+    if Path(prefix).is_dir():
+        raise UserError(f"{prefix} is a folder; a .npy file or the prefix of tools/preprocess_data.py is wanted")
     if length is None:
         raise UserError(f"--length is needed to cut {prefix} into sequences")
     held_out = split_prefix(prefix, "valid")

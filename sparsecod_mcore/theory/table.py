@@ -20,7 +20,7 @@ def by_chance(results: Results) -> str:
     ]
     expected = sum(1 - check.confidence for check in random)
     return (
-        f"Of the {len(random)} laws that are checked with random figures, {expected:.2g} fail by chance if all hold; "
+        f"Laws checked with random figures: {len(random)}, of which {expected:.2g} fail by chance if all hold; "
         "another --seed or more --samples tell."
     )
 
