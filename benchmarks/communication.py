@@ -34,14 +34,10 @@ from benchmarks.measure import machine  # noqa: E402
 from sparsecod_mcore.errors import UserError, command_line, nearest  # noqa: E402
 from sparsecod_mcore.experiments.amounts import bytes_in_words  # noqa: E402
 from sparsecod_mcore.experiments.arguments import planned_arguments  # noqa: E402
-from sparsecod_mcore.experiments.collectives import (  # noqa: E402
-    Collective,
-    Stage,
-    stages_of,
-    training_collectives,
-)
+from sparsecod_mcore.experiments.collectives import Collective, training_collectives  # noqa: E402
 from sparsecod_mcore.experiments.flops import count_flops  # noqa: E402
 from sparsecod_mcore.experiments.measuring import measuring_collectives  # noqa: E402
+from sparsecod_mcore.experiments.stages import Stage, stages_of  # noqa: E402
 from sparsecod_mcore.experiments.step_time import stage_flops, step_time  # noqa: E402
 
 FOLDER = Path(__file__).parent

@@ -5,8 +5,9 @@ a probed layer runs the collectives of its own linear maps (`jvp.rules`, `jvp.mo
 once. Calls are those of one step on average: what happens every n-th step counts 1 / n.
 """
 
-from sparsecod_mcore.experiments.collectives import Collective, Kind, Operation, Stage, among_several
+from sparsecod_mcore.experiments.collectives import Collective, Kind, Operation, among_several
 from sparsecod_mcore.experiments.groups import Group
+from sparsecod_mcore.experiments.stages import Stage
 from sparsecod_mcore.jvp.probes import NUM_PARTS, Probing
 from sparsecod_mcore.jvp.probes import STREAMS as JACOBIAN_STREAMS
 from sparsecod_mcore.model.residual import ADDS_PER_LAYER

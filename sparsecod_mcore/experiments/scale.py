@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from sparsecod_mcore.experiments.amounts import bytes_in_words, seconds_in_words
-from sparsecod_mcore.experiments.collectives import Collective, Kind, Stage, stages_of, training_collectives
+from sparsecod_mcore.experiments.collectives import Collective, Kind, training_collectives
 from sparsecod_mcore.experiments.flops import Flops, count_flops
 from sparsecod_mcore.experiments.gpus import Gpu
 from sparsecod_mcore.experiments.measuring import measuring_collectives
 from sparsecod_mcore.experiments.network import Network, network_of
+from sparsecod_mcore.experiments.stages import Stage, stages_of
 from sparsecod_mcore.experiments.step_time import StepTime, step_time
 
 _NAMES: dict[Kind, str] = {

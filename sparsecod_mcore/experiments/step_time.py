@@ -16,9 +16,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from sparsecod_mcore.experiments.collectives import Collective, Kind, Stage
+from sparsecod_mcore.experiments.collectives import Collective, Kind
 from sparsecod_mcore.experiments.flops import Flops
 from sparsecod_mcore.experiments.network import Cost
+from sparsecod_mcore.experiments.stages import Stage
 
 _BACKWARD, _FORWARD = 2 / 3, 1 / 3
 

@@ -35,12 +35,7 @@ from sparsecod_mcore.errors import UserError  # noqa: E402
 from sparsecod_mcore.experiments.amounts import bytes_in_words, seconds_in_words  # noqa: E402
 from sparsecod_mcore.experiments.arguments import planned_arguments  # noqa: E402
 from sparsecod_mcore.experiments.buckets import Padding, fill_buckets  # noqa: E402
-from sparsecod_mcore.experiments.collectives import (  # noqa: E402
-    Collective,
-    Stage,
-    stages_of,
-    training_collectives,
-)
+from sparsecod_mcore.experiments.collectives import Collective, training_collectives  # noqa: E402
 from sparsecod_mcore.experiments.config_files import CONFIGS  # noqa: E402
 from sparsecod_mcore.experiments.flops import count_flops  # noqa: E402
 from sparsecod_mcore.experiments.gpus import gpu_of  # noqa: E402
@@ -48,6 +43,7 @@ from sparsecod_mcore.experiments.groups import Group, groups_of  # noqa: E402
 from sparsecod_mcore.experiments.network import network_of  # noqa: E402
 from sparsecod_mcore.experiments.parameters import count_parameters  # noqa: E402
 from sparsecod_mcore.experiments.plan import describe, fastest_layouts, machine_of, make_plan  # noqa: E402
+from sparsecod_mcore.experiments.stages import Stage, stages_of  # noqa: E402
 from sparsecod_mcore.experiments.step_time import step_time  # noqa: E402
 from tests.distributed.jobs import TINY, TINY_MOE  # noqa: E402
 from tests.experiments.meta_models import build_on_meta  # noqa: E402
