@@ -40,6 +40,15 @@ class Rotation:
         turned[..., width:] = t[..., width:]
         return turned
 
+    def transposed(self) -> "Rotation":
+        """The transposed linear map, which turns back."""
+        return Rotation(self.cosine_S11H, -self.sine_S11H, self.first, self.second)
+
+    def at(self, positions: slice, dtype: torch.dtype) -> "Rotation":
+        """The rotation of these positions of S."""
+        cosine, sine = (table[positions].to(dtype) for table in (self.cosine_S11H, self.sine_S11H))
+        return Rotation(cosine, sine, self.first, self.second)
+
 
 def rotations(module: SelfAttention, rotary_pos_emb: Rotary, dtype: torch.dtype) -> tuple[Rotation | None, ...]:
     """How queries and keys are rotated, of what Megatron gives the layer; None for not at all."""
@@ -164,6 +173,14 @@ def _positions(x: Dual, positions: slice) -> Dual:
 
 def _attend(q: Dual, k: Dual, v: Dual, scale: float | None) -> Dual:
     q_BNSH, k_BGTH, v_BGTH = (x.value.permute(1, 2, 0, 3) for x in (q, k, v))
+    if not len(q.tangents):  # which the operator does not take
+        causal_ST = torch.ones(q_BNSH.shape[2], k_BGTH.shape[2], dtype=torch.bool, device=q_BNSH.device)
+        causal_ST = causal_ST.tril(k_BGTH.shape[2] - q_BNSH.shape[2])
+        context_BNSH = torch.nn.functional.scaled_dot_product_attention(
+            q_BNSH, k_BGTH, v_BGTH, causal_ST, scale=scale, enable_gqa=True
+        )
+        context_SBE = context_BNSH.permute(2, 0, 1, 3).flatten(2)
+        return Dual(context_SBE, context_SBE.new_empty(0, *context_SBE.shape))
     q_PBNSH, k_PBGTH, v_PBGTH = (x.tangents.permute(0, 2, 3, 1, 4) for x in (q, k, v))
     context_BNSH, tangents_PBNSH, _ = flash_attention_jvp(q_BNSH, k_BGTH, v_BGTH, q_PBNSH, k_PBGTH, v_PBGTH, scale)
     return Dual(context_BNSH.permute(2, 0, 1, 3).flatten(2), tangents_PBNSH.permute(0, 3, 1, 2, 4).flatten(3))

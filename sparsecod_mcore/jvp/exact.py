@@ -5,6 +5,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from sparsecod_mcore.jvp.attention import Rotary
+from sparsecod_mcore.jvp.closed_form import closed_form_sums, in_closed_form
 from sparsecod_mcore.jvp.layer import probe_branches
 
 TOKENS_AT_ONCE = 16384  # times directions: what is in flight grows with both
@@ -18,8 +19,11 @@ def deviation_sums(
     """Sum over the tokens of [S, B, D] of (J - I) e_k, e_k at every token: [D, D] float64, row k for e_k.
 
     Divided by the number of tokens, and transposed, it is J_bar - I of the paper's definition. Sums of several inputs
-    or ranks add up. Collective over the ranks that hold parts of the layer.
+    or ranks add up. In closed form where there is one, else by D directions. Collective over the ranks that hold parts
+    of the layer.
     """
+    if in_closed_form(layer):
+        return closed_form_sums(layer, hidden_SBD, rotary_pos_emb)
     width = hidden_SBD.shape[-1]
     unit_DD = torch.eye(width, dtype=hidden_SBD.dtype, device=hidden_SBD.device)
     return directional_sums(layer, hidden_SBD, unit_DD, rotary_pos_emb)

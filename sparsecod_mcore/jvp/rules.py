@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from sparsecod_mcore.errors import UserError
@@ -182,10 +183,14 @@ def sum_over_tokens(tangents: Tensor) -> Tensor:
     return tangents.flatten(1, -2).sum(1, dtype=torch.promote_types(tangents.dtype, torch.float32))
 
 
+def is_swiglu(config: TransformerConfig) -> bool:
+    """Whether MLPs compute silu(a) b of their first projection's [a, b], with nothing added, clamped or scaled."""
+    plain_swiglu = config.gated_linear_unit and config.activation_func == torch.nn.functional.silu
+    return plain_swiglu and config.activation_func_clamp_value is None and not config.glu_linear_offset
+
+
 def swiglu(module: MegatronModule, gate_up: Dual) -> Dual:
     """silu(a) b of [a, b] [..., 2F]; refuses any other activation that `module` is configured for."""
-    config = module.config
-    plain_swiglu = config.gated_linear_unit and config.activation_func == torch.nn.functional.silu
-    if not plain_swiglu or config.activation_func_clamp_value is not None or config.glu_linear_offset:
+    if not is_swiglu(module.config):
         raise unsupported(module, "activations other than SwiGLU")
     return Dual(*swiglu_jvp(gate_up.value, gate_up.tangents))

@@ -2,6 +2,7 @@
 
 import torch
 
+from sparsecod_mcore.jvp.closed_form import closed_form_sums, in_closed_form
 from sparsecod_mcore.jvp.directions import Noise
 from sparsecod_mcore.jvp.exact import directional_sums
 from sparsecod_mcore.jvp.layer import rehearse
@@ -13,7 +14,7 @@ from sparsecod_mcore.scoring.stack import Stack
 
 
 class JacobianScore(Score):
-    """J̄ − I as a matrix, by one forward-mode pass for all unit vectors; or its norm and trace from random directions.
+    """J̄ − I as a matrix, in closed form or by all unit vectors; or its norm and trace from random directions.
 
     Axes: K directions, D hidden width.
     """
@@ -49,13 +50,16 @@ class JacobianScore(Score):
         )
 
     def _sums(self, layer: int, hidden_SBD: torch.Tensor) -> torch.Tensor:
-        """Sums over tokens of (J - I) v, [K, D]; each worker takes its share of the directions."""
+        """Sums over tokens of (J - I) v, [K, D]; each worker takes its share of the sequences, or of the directions."""
         directions_KD = self._directions(layer)
         own = slice(parallel.worker(), None, parallel.workers())
         sums_KD = torch.zeros(directions_KD.shape, dtype=torch.float64, device=hidden_SBD.device)
-        if len(directions_KD[own]):
-            rotary = self.stack.rotary_embedding(hidden_SBD.shape[0])
-            sums_KD[own] = directional_sums(self.stack.layers[layer], hidden_SBD, directions_KD[own], rotary)
+        module, rotary = self.stack.layers[layer], self.stack.rotary_embedding(hidden_SBD.shape[0])
+        if self.num_probes is None and in_closed_form(module):
+            if hidden_SBD[:, own].numel():
+                sums_KD += closed_form_sums(module, hidden_SBD[:, own], rotary)
+        elif len(directions_KD[own]):
+            sums_KD[own] = directional_sums(module, hidden_SBD, directions_KD[own], rotary)
         parallel.sum_over_workers(sums_KD)
         return sums_KD
 

@@ -1,0 +1,185 @@
+"""The token-averaged Jacobian of a dense layer, as a matrix, for about what H directions cost instead of D.
+
+Summed over tokens i, what the MLP adds is W_2 sum_i m_i (I + A_i): row f of m_i says how activation f of token i
+depends on its hidden state behind attention, and A_i how what attention adds depends on the direction. Both are sums
+of a few outer products (`Rows`, `HeadDerivative`), so that the sum over tokens can be taken first, by products of whole
+matrices, and no direction has to be carried through the layer.
+
+Axes: B sequences, S positions, of them I queries of a block and J keys up to its end; F width of the MLP, K = 2 H.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from sparsecod_mcore.jvp.attention import Heads, Rotary, attend, heads, split_heads
+from sparsecod_mcore.jvp.dual import Dual, plain
+from sparsecod_mcore.jvp.head_derivative import HeadDerivative, head_derivative
+from sparsecod_mcore.jvp.rows import Norm, Rows, has_rows, swiglu_rows
+from sparsecod_mcore.jvp.rules import jvp
+from sparsecod_mcore.jvp.shared import norm_before
+from sparsecod_mcore.model.attention import SDPACoreAttention
+from sparsecod_mcore.model.residual import MeasuredResidualAdd
+
+QUERIES_AT_ONCE = 128
+NUMBERS_AT_ONCE = 2**24  # of what one block and head holds for its tokens
+PRODUCTS_AT_ONCE = 2**20  # of rows with tokens
+
+
+def in_closed_form(layer: TransformerLayer) -> bool:
+    """Whether `closed_form_sums` knows this layer: dense, pre-norm without norms beside, no biases, whole here."""
+    attention = layer.self_attention
+    return (
+        has_rows(layer)
+        and type(attention.core_attention) is SDPACoreAttention
+        and type(layer.self_attn_bda) is MeasuredResidualAdd
+        and attention.q_layernorm is None
+        and attention.k_layernorm is None
+        and not layer.config.add_qkv_bias
+        and norm_before(attention.linear_qkv, layer.input_layernorm) is not None
+        and attention.pg_collection.cp.size() == 1
+    )
+
+
+@torch.no_grad()
+def closed_form_sums(layer: TransformerLayer, hidden_SBD: Tensor, rotary_pos_emb: Rotary = None) -> Tensor:
+    """Sum over the tokens of [S, B, D] of J - I for the same direction at all tokens: [D, D] float64, row k for e_k.
+
+    Of a layer that `in_closed_form` accepts. Computed in the dtype of the input, float32 at least.
+    """
+    attention, mlp = layer.self_attention, layer.mlp
+    dtype = torch.promote_types(hidden_SBD.dtype, torch.float32)
+    given = Dual(hidden_SBD, hidden_SBD.new_empty(0, *hidden_SBD.shape))
+    of = heads(attention, jvp(layer.input_layernorm, given), rotary_pos_emb)
+    after = given + attend(attention, of).to(hidden_SBD.dtype)
+    gate_up = jvp(mlp.linear_fc1, jvp(layer.pre_mlp_layernorm, after))
+
+    hidden_BSD, after_BSD, gate_up_BSF = (x.transpose(0, 1).to(dtype) for x in (hidden_SBD, after.value, gate_up.value))
+    context = Context.in_layer(layer, of, Norm.before(attention.linear_qkv, layer.input_layernorm, hidden_BSD))
+    second_norm = Norm.before(mlp.linear_fc1, layer.pre_mlp_layernorm, after_BSD)
+    rows = swiglu_rows(gate_up_BSF, plain(mlp.linear_fc1.weight).to(dtype), second_norm)
+    projection_DE = plain(attention.linear_proj.weight).to(dtype)
+    own_ED, through_rows_FD = _sums(context, rows.through(projection_DE))
+    rows_FD = rows.summed() + through_rows_FD
+    return (projection_DE.double() @ own_ED + plain(mlp.linear_fc2.weight).double() @ rows_FD).T
+
+
+@dataclass(frozen=True)
+class Context:
+    """The heads of a layer and the maps through which they depend on the direction, the norm's weight in them."""
+
+    of: Heads  # values [B, N or G, S, H]
+    norm: Norm
+    scale: float
+    q_NHD: Tensor
+    k_GHD: Tensor
+    v_GHD: Tensor
+
+    @classmethod
+    def in_layer(cls, layer: TransformerLayer, of: Heads, norm: Norm) -> "Context":
+        attention = layer.self_attention
+        weight_ED = plain(attention.linear_qkv.weight).to(norm.weight_D.dtype) * norm.weight_D
+        maps = (part.movedim(0, -1) for part in split_heads(attention, weight_ED.T))
+        scale = attention.core_attention.softmax_scale
+        return cls(of, norm, of.q.value.shape[-1] ** -0.5 if scale is None else scale, *maps)
+
+    def head(self, head: int, sequences: slice, queries: slice) -> HeadDerivative:
+        """The derivative of one head's context at a block of queries."""
+        group = head * len(self.k_GHD) // len(self.q_NHD)
+        keys = slice(0, queries.stop)
+        dtype = self.norm.weight_D.dtype
+        q_BIH = self.of.q.value[queries, sequences, head].transpose(0, 1).to(dtype)
+        k_BJH, v_BJH = (x.value[keys, sequences, group].transpose(0, 1).to(dtype) for x in (self.of.k, self.of.v))
+        of_q, of_k = (
+            None if rotation is None else rotation.at(positions, dtype)
+            for rotation, positions in ((self.of.of_q, queries), (self.of.of_k, keys))
+        )
+        return head_derivative(q_BIH, k_BJH, v_BJH, self.norm.r_BS[sequences, keys], self.scale, of_q, of_k)
+
+
+def _sums(context: Context, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Summed over tokens, how heads' contexts depend on the direction, [E, D], and functions of all of them, [F, D].
+
+    In float64; what each block of tokens adds is computed in the dtype of `context`.
+    """
+    heads, width, hidden = context.q_NHD.shape
+    sequences, functions, length = rows.projections[0][0].shape
+    groups_N = torch.arange(heads) * len(context.k_GHD) // heads
+    maps_NKD = torch.cat([context.q_NHD, context.k_GHD[groups_N], context.v_GHD[groups_N]], 1).double()
+    own_NHK = maps_NKD.new_zeros(heads, width, 3 * width)
+    rows_NFK = maps_NKD.new_zeros(heads, functions, 3 * width)
+    own_ED, rows_FD = maps_NKD.new_zeros(heads * width, hidden), maps_NKD.new_zeros(functions, hidden)
+    at_once = max(1, NUMBERS_AT_ONCE // (min(length, QUERIES_AT_ONCE) * 2 * width**2))
+    for some in _slices(sequences, at_once):
+        y_BSD = context.norm.y_BSD[some]
+        own_of_norm_BNHS = y_BSD.new_zeros(len(y_BSD), heads, width, length)
+        rows_of_norm_BFS = y_BSD.new_zeros(len(y_BSD), functions, length)
+        for queries in _slices(length, QUERIES_AT_ONCE):
+            keys = slice(0, queries.stop)
+            for head in range(heads):
+                o = context.head(head, some, queries)
+                of_head = rows.part(some, queries, slice(head * width, (head + 1) * width))
+                own_NHK[head] += _own_sums(o)
+                rows_NFK[head] += _row_sums(o, of_head)
+                own_of_norm_BNHS[:, head, :, keys] += o.v_BJH.mT * o.spread_BIJ.sum(1, keepdim=True)
+                own_of_norm_BNHS[:, head, :, keys] -= o.context_BIH.mT @ o.scored_BIJ
+                own_of_norm_BNHS[:, head, :, queries] += o.own_norm_BIH.mT
+                rows_of_norm_BFS[..., keys] += _spread(o, of_head)
+                rows_of_norm_BFS[..., queries] += of_head.along(o.own_norm_BIH)
+        own_ED -= (own_of_norm_BNHS.flatten(1, 2) @ y_BSD).double().sum(0)
+        rows_FD -= (rows_of_norm_BFS @ y_BSD).double().sum(0)
+    own_ED += (own_NHK @ maps_NKD).flatten(0, 1)
+    rows_FD += (rows_NFK @ maps_NKD).sum(0)
+    return own_ED, rows_FD
+
+
+def _slices(length: int, at_once: int) -> Iterator[slice]:
+    return (slice(first, min(first + at_once, length)) for first in range(0, length, at_once))
+
+
+def _own_sums(o: HeadDerivative) -> Tensor:
+    """Summed over tokens, o' along Q d, K d and V d, [H, 3H]."""
+    of_values_HH = o.of_values_BI.sum() * torch.eye(o.v_BJH.shape[-1], dtype=o.v_BJH.dtype, device=o.v_BJH.device)
+    return torch.cat([o.of_scores_BIHK.sum((0, 1)), of_values_HH], -1)
+
+
+def _row_sums(o: HeadDerivative, rows: Rows) -> Tensor:
+    """Summed over tokens, functions of o' along Q d, K d and V d, [F, 3H]."""
+    of_values = Rows(
+        [(c * o.of_values_BI[:, None], w) for c, w in rows.projections],
+        [(c, z * o.of_values_BI[..., None]) for c, z in rows.of_tokens],
+    )
+    of_scores_FK = _projected(rows.projections, o.of_scores_BIHK)
+    for c_BFI, z_BIH in rows.of_tokens:
+        of_scores_FK += (c_BFI @ (z_BIH[..., None, :] @ o.of_scores_BIHK).squeeze(-2)).sum(0)
+    return torch.cat([of_scores_FK, of_values.summed()], -1)
+
+
+def _projected(projections: list[tuple[Tensor, Tensor]], x_BIHK: Tensor) -> Tensor:
+    """Sum over tokens and h of c_bfi w_fh x_bihk, over all pairs c and w, [F, K].
+
+    Products of c and w are summed over pairs before anything is multiplied by x.
+    """
+    x_MK = x_BIHK.flatten(0, 2)
+    sums = []
+    at_once = max(1, PRODUCTS_AT_ONCE // len(x_MK))
+    for some in _slices(len(projections[0][1]), at_once):
+        (c_BFI, w_FH), *others = projections
+        products_FBIH = c_BFI[:, some].transpose(0, 1)[..., None] * w_FH[some, None, None]
+        for c_BFI, w_FH in others:
+            products_FBIH.addcmul_(c_BFI[:, some].transpose(0, 1)[..., None], w_FH[some, None, None])
+        sums.append(products_FBIH.flatten(1) @ x_MK)
+    return torch.cat(sums)
+
+
+def _spread(o: HeadDerivative, rows: Rows) -> Tensor:
+    """What functions of o' lose along y_j . d at each key j, [B, F, J]."""
+    lost_BFJ = -rows.along(o.context_BIH) @ o.scored_BIJ
+    for c_BFI, w_FH in rows.projections:
+        lost_BFJ += (c_BFI @ o.spread_BIJ) * (w_FH @ o.v_BJH.mT)
+    for c_BFI, z_BIH in rows.of_tokens:
+        lost_BFJ += c_BFI @ (o.spread_BIJ * (z_BIH @ o.v_BJH.mT))
+    return lost_BFJ
