@@ -24,9 +24,10 @@ from sparsecod_mcore.jvp.shared import norm_before
 from sparsecod_mcore.model.attention import SDPACoreAttention
 from sparsecod_mcore.model.residual import MeasuredResidualAdd
 
-QUERIES_AT_ONCE = 128
-NUMBERS_AT_ONCE = 2**24  # of what one block and head holds for its tokens
-PRODUCTS_AT_ONCE = 2**20  # of rows with tokens
+QUERIES_AT_ONCE = 256
+NUMBERS_AT_ONCE = 2**24  # that one head holds of its queries
+ROWS_AT_ONCE = 128
+PRODUCTS_AT_ONCE = 2**20  # of so many rows with tokens and H
 
 
 def in_closed_form(layer: TransformerLayer) -> bool:
@@ -119,6 +120,7 @@ def _sums(context: Context, rows: Rows) -> tuple[Tensor, Tensor]:
         rows_of_norm_BFS = y_BSD.new_zeros(len(y_BSD), functions, length)
         for queries in _slices(length, QUERIES_AT_ONCE):
             keys = slice(0, queries.stop)
+            own_norm_BIE, of_tokens = [], [0.0] * len(rows.of_tokens)
             for head in range(heads):
                 o = context.head(head, some, queries)
                 of_head = rows.part(some, queries, slice(head * width, (head + 1) * width))
@@ -127,8 +129,14 @@ def _sums(context: Context, rows: Rows) -> tuple[Tensor, Tensor]:
                 own_of_norm_BNHS[:, head, :, keys] += o.v_BJH.mT * o.spread_BIJ.sum(1, keepdim=True)
                 own_of_norm_BNHS[:, head, :, keys] -= o.context_BIH.mT @ o.scored_BIJ
                 own_of_norm_BNHS[:, head, :, queries] += o.own_norm_BIH.mT
-                rows_of_norm_BFS[..., keys] += _spread(o, of_head)
-                rows_of_norm_BFS[..., queries] += of_head.along(o.own_norm_BIH)
+                _add_spread(o, of_head.projections, rows_of_norm_BFS[..., keys])
+                own_norm_BIE.append(o.own_norm_BIH)
+                for number, (_, z_BIH) in enumerate(of_head.of_tokens):
+                    of_tokens[number] += o.through_keys(z_BIH)
+            of_block = rows.part(some, queries, slice(None))
+            rows_of_norm_BFS[..., queries] += of_block.along(torch.cat(own_norm_BIE, -1))
+            for (c_BFI, _), through_BIJ in zip(of_block.of_tokens, of_tokens, strict=True):
+                rows_of_norm_BFS[..., keys] += c_BFI @ through_BIJ
         own_ED -= (own_of_norm_BNHS.flatten(1, 2) @ y_BSD).double().sum(0)
         rows_FD -= (rows_of_norm_BFS @ y_BSD).double().sum(0)
     own_ED += (own_NHK @ maps_NKD).flatten(0, 1)
@@ -161,25 +169,28 @@ def _row_sums(o: HeadDerivative, rows: Rows) -> Tensor:
 def _projected(projections: list[tuple[Tensor, Tensor]], x_BIHK: Tensor) -> Tensor:
     """Sum over tokens and h of c_bfi w_fh x_bihk, over all pairs c and w, [F, K].
 
-    Products of c and w are summed over pairs before anything is multiplied by x.
+    Products of c and w are summed over pairs before anything is multiplied by x, a cache full of them at a time.
     """
-    x_MK = x_BIHK.flatten(0, 2)
-    sums = []
-    at_once = max(1, PRODUCTS_AT_ONCE // len(x_MK))
-    for some in _slices(len(projections[0][1]), at_once):
-        (c_BFI, w_FH), *others = projections
-        products_FBIH = c_BFI[:, some].transpose(0, 1)[..., None] * w_FH[some, None, None]
-        for c_BFI, w_FH in others:
-            products_FBIH.addcmul_(c_BFI[:, some].transpose(0, 1)[..., None], w_FH[some, None, None])
-        sums.append(products_FBIH.flatten(1) @ x_MK)
-    return torch.cat(sums)
+    c_FTW = torch.stack([c_BFI.transpose(0, 1).flatten(1) for c_BFI, _ in projections], -1)
+    w_FWH = torch.stack([w_FH for _, w_FH in projections], 1)
+    x_THK = x_BIHK.flatten(0, 1)
+    width = x_THK.shape[1]
+    sums_FK = x_THK.new_zeros(len(w_FWH), x_THK.shape[-1])
+    for tokens in _slices(len(x_THK), max(1, PRODUCTS_AT_ONCE // (ROWS_AT_ONCE * width))):
+        x_MK = x_THK[tokens].flatten(0, 1)
+        products = x_MK.new_empty(ROWS_AT_ONCE * len(x_MK))
+        for some in _slices(len(w_FWH), ROWS_AT_ONCE):
+            w_of_some = w_FWH[some]
+            products_FTH = products[: len(w_of_some) * len(x_MK)].view(len(w_of_some), -1, width)
+            torch.bmm(c_FTW[some, tokens], w_of_some, out=products_FTH)
+            sums_FK[some].addmm_(products_FTH.flatten(1), x_MK)
+    return sums_FK
 
 
-def _spread(o: HeadDerivative, rows: Rows) -> Tensor:
-    """What functions of o' lose along y_j . d at each key j, [B, F, J]."""
-    lost_BFJ = -rows.along(o.context_BIH) @ o.scored_BIJ
-    for c_BFI, w_FH in rows.projections:
-        lost_BFJ += (c_BFI @ o.spread_BIJ) * (w_FH @ o.v_BJH.mT)
-    for c_BFI, z_BIH in rows.of_tokens:
-        lost_BFJ += c_BFI @ (o.spread_BIJ * (z_BIH @ o.v_BJH.mT))
-    return lost_BFJ
+def _add_spread(o: HeadDerivative, projections: list[tuple[Tensor, Tensor]], sums_BFJ: Tensor) -> None:
+    """Add what functions c (w . o') lose along y_j . d at each key j."""
+    of_context_BFI = 0.0
+    for c_BFI, w_FH in projections:
+        sums_BFJ.addcmul_(c_BFI @ o.spread_BIJ, w_FH @ o.v_BJH.mT)
+        of_context_BFI += c_BFI * (w_FH @ o.context_BIH.mT)
+    sums_BFJ -= of_context_BFI @ o.scored_BIJ

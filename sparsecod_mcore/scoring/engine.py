@@ -17,7 +17,7 @@ import torch
 from sparsecod_mcore.progress import ProgressLine
 from sparsecod_mcore.scoring import parallel
 from sparsecod_mcore.scoring.interventions import Intervention
-from sparsecod_mcore.scoring.plan import Plan, Unit, cost, share_of
+from sparsecod_mcore.scoring.plan import Plan, Unit, cost, evenly, share_of
 from sparsecod_mcore.scoring.score import Chunk, Score
 from sparsecod_mcore.scoring.stack import Stack
 from sparsecod_mcore.scoring.work_file import UnitSums, WorkFiles
@@ -117,7 +117,7 @@ class Engine:
         stack, chunk = self.stack, unit.chunk
         _, targets_BS = self._tokens(chunk)
         hiddens = self._hiddens(chunk)
-        states = {item: item.enter(stack, hiddens[unit.first], chunk.fold) for item in interventions}
+        states = {item: item.enter(stack, hiddens[unit.first], chunk.folds) for item in interventions}
         changes: dict[str, list[float]] = {item.name: [] for item in interventions if item.observed}
         B, S = targets_BS.shape
         at_once = max(1, self.plan.tokens_at_once // (B * S))
@@ -126,7 +126,7 @@ class Engine:
             for item in interventions:
                 by_layer.setdefault(item.layer_at(position), []).append(item)
             for layer, items in by_layer.items():
-                for batch in batched(items, at_once):
+                for batch in batched(items, evenly(len(items), at_once)):
                     before = [states[item] for item in batch]
                     joined_SBD = before[0] if len(batch) == 1 else torch.cat(before, dim=1)
                     after = stack.layer(layer, joined_SBD).split(B, dim=1)

@@ -6,7 +6,7 @@ anything, so that it starts from the unchanged h_first.
 Axes: S positions of a sequence, B sequences, D hidden width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,8 +29,8 @@ class Intervention:
         """Names the intervention in a work file, and in it only once."""
         raise NotImplementedError
 
-    def enter(self, stack: Stack, hidden_SBD: torch.Tensor, fold: int) -> torch.Tensor:
-        """What leaves position `first` for the unchanged `hidden_SBD`, of sequences of `fold`, that enters it."""
+    def enter(self, stack: Stack, hidden_SBD: torch.Tensor, folds: Sequence[int]) -> torch.Tensor:
+        """What leaves position `first` for the unchanged `hidden_SBD` that enters it, with `folds` sequences of each."""
         raise NotImplementedError
 
     def layer_at(self, position: int) -> int:
@@ -48,7 +48,7 @@ class Skip(Intervention):
     def name(self) -> str:
         return f"skip {self.first}"
 
-    def enter(self, stack: Stack, hidden_SBD: torch.Tensor, fold: int) -> torch.Tensor:
+    def enter(self, stack: Stack, hidden_SBD: torch.Tensor, folds: Sequence[int]) -> torch.Tensor:
         return hidden_SBD
 
 
@@ -62,7 +62,7 @@ class Swap(Intervention):
     def name(self) -> str:
         return f"swap {self.first} {self.second}"
 
-    def enter(self, stack: Stack, hidden_SBD: torch.Tensor, fold: int) -> torch.Tensor:
+    def enter(self, stack: Stack, hidden_SBD: torch.Tensor, folds: Sequence[int]) -> torch.Tensor:
         return stack.layer(self.second, hidden_SBD)
 
     def layer_at(self, position: int) -> int:
@@ -80,8 +80,9 @@ class Substitute(Intervention):
     def name(self) -> str:
         return f"{self.kind} {self.first}"
 
-    def enter(self, stack: Stack, hidden_SBD: torch.Tensor, fold: int) -> torch.Tensor:
-        return self.maps[fold](hidden_SBD)
+    def enter(self, stack: Stack, hidden_SBD: torch.Tensor, folds: Sequence[int]) -> torch.Tensor:
+        parts = zip(self.maps, hidden_SBD.split(list(folds), dim=1), strict=True)
+        return torch.cat([linear_map(part_SBD) for linear_map, part_SBD in parts], dim=1)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class ZeroExperts(Intervention):
     def name(self) -> str:
         return f"zero experts {self.first}"
 
-    def enter(self, stack: Stack, hidden_SBD: torch.Tensor, fold: int) -> torch.Tensor:
+    def enter(self, stack: Stack, hidden_SBD: torch.Tensor, folds: Sequence[int]) -> torch.Tensor:
         def zero(module: torch.nn.Module, inputs: object, output: tuple[torch.Tensor, None]) -> object:
             return torch.zeros_like(output[0]), None
 

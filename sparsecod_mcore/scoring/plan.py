@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from sparsecod_mcore import platform
 from sparsecod_mcore.errors import UserError
@@ -11,7 +11,7 @@ from sparsecod_mcore.scoring.stack import Stack
 
 # As many tokens as matrix products need to run at full speed, and hardly more: the rest of a layer wants caches, and
 # the C library gives memory of more than 32 MiB back to the system each time, to be asked for page by page again.
-TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
+TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 32768}
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,19 @@ def make_plan(stack: Stack, scores: Sequence[Score], sequences: int, length: int
                 f"which takes about {(fixed + per_token * length) / 2**20:.0f} MiB"
             )
         wanted = min(wanted, fitting)
-    halves = [0, sequences // 2, sequences] if sequences > 1 else [0, sequences]
-    chunks = []
-    for fold, (begin, end) in enumerate(pairwise(halves)):
-        count = -(-(end - begin) // wanted)
-        edges = [begin + (end - begin) * k // count for k in range(count + 1)]
-        chunks += [Chunk(a, b, fold) for a, b in pairwise(edges)]
+    count, half = -(-sequences // wanted), sequences // 2 if sequences > 1 else sequences
+    edges = [sequences * k // count for k in range(count + 1)]
+    of_first = [min(max(half - begin, 0), end - begin) for begin, end in pairwise(edges)]
+    chunks = (
+        Chunk(begin, end, (first, end - begin - first))
+        for (begin, end), first in zip(pairwise(edges), of_first, strict=True)
+    )
     return Plan(tuple(chunks), max(length, wanted * length))
+
+
+def evenly(number: int, at_most: int) -> int:
+    """The size of batches that are about equal, of at most so many: a small last one costs almost what a full one does."""
+    return -(-number // -(-number // at_most))
 
 
 def bytes_per_token(stack: Stack) -> int:
@@ -73,11 +79,21 @@ def cost(unit: Unit, num_layers: int) -> int:
 
 
 def share_of(units: Sequence[Unit], num_layers: int, worker: int, workers: int) -> list[Unit]:
-    """A worker's units: neighbours, so that few chunks are run twice, of about the same cost for every worker."""
-    total, done, mine = sum(cost(unit, num_layers) for unit in units), 0, []
-    for unit in units:
-        middle = 2 * done + cost(unit, num_layers)
-        if workers * middle // (2 * total) == worker:
-            mine.append(unit)
-        done += cost(unit, num_layers)
+    """A worker's units: of few chunks, so that few are run twice, and of about the same cost for every worker.
+
+    Chunks are dealt out in order, as intervals of their cost. Where one falls to several workers, each of its units,
+    the costliest first, goes to the worker that misses most of its part.
+    """
+    quota = sum(cost(unit, num_layers) for unit in units) / workers
+    done, mine = 0, []
+    for _, group in groupby(units, key=lambda unit: unit.chunk):
+        of_chunk = sorted(group, key=lambda unit: cost(unit, num_layers), reverse=True)
+        end = done + sum(cost(unit, num_layers) for unit in of_chunk)
+        missing = {k: min((k + 1) * quota, end) - max(k * quota, done) for k in range(workers)}
+        for unit in of_chunk:
+            taker = max(missing, key=missing.__getitem__)
+            missing[taker] -= cost(unit, num_layers)
+            if taker == worker:
+                mine.append(unit)
+        done = end
     return mine

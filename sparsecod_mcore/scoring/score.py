@@ -27,11 +27,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Sequences `begin` to `end`, which are run together; `fold` is the half of the data that they belong to."""
+    """Sequences `begin` to `end`, which are run together; `folds` says how many are of each half of the data."""
 
     begin: int
     end: int
-    fold: int
+    folds: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,10 @@ class UsefulnessScore(Score):
         self.held_out: list[Substitute] = []
 
     def observe(self, chunk: Chunk, layer: int, before_SBD: torch.Tensor, after_SBD: torch.Tensor) -> None:
-        self.fits[layer][chunk.fold].add(before_SBD.flatten(0, 1), after_SBD.flatten(0, 1))
+        parts = (x_SBD.split(list(chunk.folds), dim=1) for x_SBD in (before_SBD, after_SBD))
+        for fit, before, after in zip(self.fits[layer], *parts, strict=True):
+            if before.numel():
+                fit.add(before.flatten(0, 1), after.flatten(0, 1))
 
     def held_bytes(self) -> int:
         return FOLDS * self.num_layers * LeastSquares.held_bytes(self.stack.hidden_size)

@@ -43,6 +43,7 @@ def test_closed_form_equals_all_directions(name: str, rotated: bool, monkeypatch
     torch.testing.assert_close(closed_form_sums(layer, hidden_SBD, rotary), expected, rtol=1e-11, atol=1e-11)
     monkeypatch.setattr(closed_form, "QUERIES_AT_ONCE", 3)
     monkeypatch.setattr(closed_form, "NUMBERS_AT_ONCE", 200)
+    monkeypatch.setattr(closed_form, "ROWS_AT_ONCE", 15)
     monkeypatch.setattr(closed_form, "PRODUCTS_AT_ONCE", 300)
     torch.testing.assert_close(closed_form_sums(layer, hidden_SBD, rotary), expected, rtol=1e-11, atol=1e-11)
 
