@@ -63,7 +63,7 @@ def closed_form_sums(layer: TransformerLayer, hidden_SBD: Tensor, rotary_pos_emb
     second_norm = Norm.before(mlp.linear_fc1, layer.pre_mlp_layernorm, after_BSD)
     rows = swiglu_rows(gate_up_BSF, plain(mlp.linear_fc1.weight).to(dtype), second_norm)
     projection_DE = plain(attention.linear_proj.weight).to(dtype)
-    own_ED, through_rows_FD = _sums(context, rows.through(projection_DE))
+    own_ED, through_rows_FD = Sums(context, rows.through(projection_DE)).run()
     rows_FD = rows.summed() + through_rows_FD
     return (projection_DE.double() @ own_ED + plain(mlp.linear_fc2.weight).double() @ rows_FD).T
 
@@ -101,47 +101,60 @@ class Context:
         return head_derivative(q_BIH, k_BJH, v_BJH, self.norm.r_BS[sequences, keys], self.scale, of_q, of_k)
 
 
-def _sums(context: Context, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Summed over tokens, how heads' contexts depend on the direction, [E, D], and functions of all of them, [F, D].
+class Sums:
+    """Sums over tokens of how heads' contexts depend on the direction, and of functions of all of them.
 
-    In float64; what each block of tokens adds is computed in the dtype of `context`.
+    In float64; what each block of queries adds is computed in the dtype of `context`.
     """
-    heads, width, hidden = context.q_NHD.shape
-    sequences, functions, length = rows.projections[0][0].shape
-    groups_N = torch.arange(heads) * len(context.k_GHD) // heads
-    maps_NKD = torch.cat([context.q_NHD, context.k_GHD[groups_N], context.v_GHD[groups_N]], 1).double()
-    own_NHK = maps_NKD.new_zeros(heads, width, 3 * width)
-    rows_NFK = maps_NKD.new_zeros(heads, functions, 3 * width)
-    own_ED, rows_FD = maps_NKD.new_zeros(heads * width, hidden), maps_NKD.new_zeros(functions, hidden)
-    at_once = max(1, NUMBERS_AT_ONCE // (min(length, QUERIES_AT_ONCE) * 2 * width**2))
-    for some in _slices(sequences, at_once):
-        y_BSD = context.norm.y_BSD[some]
-        own_of_norm_BNHS = y_BSD.new_zeros(len(y_BSD), heads, width, length)
-        rows_of_norm_BFS = y_BSD.new_zeros(len(y_BSD), functions, length)
-        for queries in _slices(length, QUERIES_AT_ONCE):
-            keys = slice(0, queries.stop)
-            own_norm_BIE, of_tokens = [], [0.0] * len(rows.of_tokens)
-            for head in range(heads):
-                o = context.head(head, some, queries)
-                of_head = rows.part(some, queries, slice(head * width, (head + 1) * width))
-                own_NHK[head] += _own_sums(o)
-                rows_NFK[head] += _row_sums(o, of_head)
-                own_of_norm_BNHS[:, head, :, keys] += o.v_BJH.mT * o.spread_BIJ.sum(1, keepdim=True)
-                own_of_norm_BNHS[:, head, :, keys] -= o.context_BIH.mT @ o.scored_BIJ
-                own_of_norm_BNHS[:, head, :, queries] += o.own_norm_BIH.mT
-                _add_spread(o, of_head.projections, rows_of_norm_BFS[..., keys])
-                own_norm_BIE.append(o.own_norm_BIH)
-                for number, (_, z_BIH) in enumerate(of_head.of_tokens):
-                    of_tokens[number] += o.through_keys(z_BIH)
-            of_block = rows.part(some, queries, slice(None))
-            rows_of_norm_BFS[..., queries] += of_block.along(torch.cat(own_norm_BIE, -1))
-            for (c_BFI, _), through_BIJ in zip(of_block.of_tokens, of_tokens, strict=True):
-                rows_of_norm_BFS[..., keys] += c_BFI @ through_BIJ
-        own_ED -= (own_of_norm_BNHS.flatten(1, 2) @ y_BSD).double().sum(0)
-        rows_FD -= (rows_of_norm_BFS @ y_BSD).double().sum(0)
-    own_ED += (own_NHK @ maps_NKD).flatten(0, 1)
-    rows_FD += (rows_NFK @ maps_NKD).sum(0)
-    return own_ED, rows_FD
+
+    def __init__(self, context: Context, rows: Rows) -> None:
+        self.context, self.rows = context, rows
+        self.heads, self.width, self.hidden = context.q_NHD.shape
+        self.sequences, self.functions, self.length = rows.projections[0][0].shape
+        groups_N = torch.arange(self.heads) * len(context.k_GHD) // self.heads
+        maps_NKD = torch.cat([context.q_NHD, context.k_GHD[groups_N], context.v_GHD[groups_N]], 1)
+        self.maps_NKD = maps_NKD.double()
+        self.own_NHK = self.maps_NKD.new_zeros(self.heads, self.width, 3 * self.width)
+        self.rows_NFK = self.maps_NKD.new_zeros(self.heads, self.functions, 3 * self.width)
+        self.own_ED = self.maps_NKD.new_zeros(self.heads * self.width, self.hidden)
+        self.rows_FD = self.maps_NKD.new_zeros(self.functions, self.hidden)
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Of contexts [E, D], and of functions [F, D]."""
+        of_block = min(self.length, QUERIES_AT_ONCE) * 2 * self.width**2
+        for sequences in _slices(self.sequences, max(1, NUMBERS_AT_ONCE // of_block)):
+            y_BSD = self.context.norm.y_BSD[sequences]
+            own_BNHS = y_BSD.new_zeros(len(y_BSD), self.heads, self.width, self.length)  # what y . d is multiplied by
+            rows_BFS = y_BSD.new_zeros(len(y_BSD), self.functions, self.length)
+            for queries in _slices(self.length, QUERIES_AT_ONCE):
+                self._add_block(sequences, queries, own_BNHS, rows_BFS)
+            self.own_ED -= (own_BNHS.flatten(1, 2) @ y_BSD).double().sum(0)
+            self.rows_FD -= (rows_BFS @ y_BSD).double().sum(0)
+        own_ED = self.own_ED + (self.own_NHK @ self.maps_NKD).flatten(0, 1)
+        return own_ED, self.rows_FD + (self.rows_NFK @ self.maps_NKD).sum(0)
+
+    def _add_block(self, sequences: slice, queries: slice, own_BNHS: Tensor, rows_BFS: Tensor) -> None:
+        """Add a block of queries: to the maps' coefficients here, and to those of y . d."""
+        keys = slice(0, queries.stop)
+        of_block = self.rows.part(sequences, queries, slice(None))
+        shape = len(rows_BFS), queries.stop - queries.start, keys.stop
+        lost_BIJ = [rows_BFS.new_zeros(shape) for _ in of_block.of_tokens]
+        own_norm = []
+        for head in range(self.heads):
+            o = self.context.head(head, sequences, queries)
+            of_head = self.rows.part(sequences, queries, slice(head * self.width, (head + 1) * self.width))
+            self.own_NHK[head] += _own_sums(o)
+            self.rows_NFK[head] += _row_sums(o, of_head)
+            own_BNHS[:, head, :, keys] += o.v_BJH.mT * o.spread_BIJ.sum(1, keepdim=True)
+            own_BNHS[:, head, :, keys] -= o.context_BIH.mT @ o.scored_BIJ
+            own_BNHS[:, head, :, queries] += o.own_norm_BIH.mT
+            _add_lost(o, of_head.projections, rows_BFS[..., keys])
+            for (_, z_BIH), sums_BIJ in zip(of_head.of_tokens, lost_BIJ, strict=True):
+                sums_BIJ += o.lost(z_BIH)
+            own_norm.append(o.own_norm_BIH)
+        rows_BFS[..., queries] += of_block.along(torch.cat(own_norm, -1))
+        for (c_BFI, _), sums_BIJ in zip(of_block.of_tokens, lost_BIJ, strict=True):
+            rows_BFS[..., keys] += c_BFI @ sums_BIJ
 
 
 def _slices(length: int, at_once: int) -> Iterator[slice]:
@@ -187,10 +200,10 @@ def _projected(projections: list[tuple[Tensor, Tensor]], x_BIHK: Tensor) -> Tens
     return sums_FK
 
 
-def _add_spread(o: HeadDerivative, projections: list[tuple[Tensor, Tensor]], sums_BFJ: Tensor) -> None:
-    """Add what functions c (w . o') lose along y_j . d at each key j."""
-    of_context_BFI = 0.0
+def _add_lost(o: HeadDerivative, projections: list[tuple[Tensor, Tensor]], sums_BFJ: Tensor) -> None:
+    """Add what functions c (w . o) lose along y_j . d at each key j."""
+    of_context_BFI = torch.zeros_like(projections[0][0])
     for c_BFI, w_FH in projections:
         sums_BFJ.addcmul_(c_BFI @ o.spread_BIJ, w_FH @ o.v_BJH.mT)
-        of_context_BFI += c_BFI * (w_FH @ o.context_BIH.mT)
+        of_context_BFI.addcmul_(c_BFI, w_FH @ o.context_BIH.mT)
     sums_BFJ -= of_context_BFI @ o.scored_BIJ

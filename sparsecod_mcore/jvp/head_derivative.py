@@ -31,7 +31,7 @@ class HeadDerivative:
     context_BIH: Tensor  # o
     v_BJH: Tensor
 
-    def through_keys(self, z_BIH: Tensor) -> Tensor:
+    def lost(self, z_BIH: Tensor) -> Tensor:
         """What z_i . o_i loses along y_j . d at each key j, [B, I, J]."""
         return self.spread_BIJ * (z_BIH @ self.v_BJH.mT) - self.scored_BIJ * (z_BIH * self.context_BIH).sum(-1, True)
 

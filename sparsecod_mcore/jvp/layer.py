@@ -12,7 +12,6 @@ from sparsecod_mcore.jvp import moe, transformer_engine  # noqa: F401  rules are
 from sparsecod_mcore.jvp.adds import added, added_with_sums
 from sparsecod_mcore.jvp.attention import Heads, Rotary, attend, heads
 from sparsecod_mcore.jvp.dual import Dual
-from sparsecod_mcore.jvp.rows import has_rows, mlp_sums
 from sparsecod_mcore.jvp.rules import jvp, unknown, unsupported
 from sparsecod_mcore.jvp.shared import shared_tangents
 from sparsecod_mcore.ops import NUM_PROBE_MOMENTS, probe_moments
@@ -82,13 +81,10 @@ def probe_branches(
     stream = Dual(hidden_SBD, torch.cat([directions_PSBD, own_QSBD]))
     attention = added(layer.self_attn_bda, attend(layer.self_attention, of).to(hidden_SBD.dtype), stream)
     after = Dual(hidden_SBD + attention.value, stream.tangents.add_(attention.tangents))
-    if has_rows(layer):
-        sums_of_mlp, mlp = mlp_sums(layer, after, len(shared_PD))
-    else:
-        normed = jvp(layer.pre_mlp_layernorm, after)
-        sums_of_mlp, mlp = added_with_sums(layer.mlp_bda, layer.mlp, normed, after, len(shared_PD))
+    normed = jvp(layer.pre_mlp_layernorm, after)
+    mlp_sums, mlp = added_with_sums(layer.mlp_bda, layer.mlp, normed, after, len(shared_PD))
     of_shared, of_own = attention.tangents.tensor_split([len(shared_PD)])
-    return ProbedBranches(_token_sums(shared_PD, of_shared), sums_of_mlp, of_own, mlp.to(hidden_SBD.dtype))
+    return ProbedBranches(_token_sums(shared_PD, of_shared), mlp_sums, of_own, mlp.to(hidden_SBD.dtype))
 
 
 def _token_sums(v_PD: Tensor, u_PSBD: Tensor) -> Tensor:

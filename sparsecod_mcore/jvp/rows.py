@@ -1,10 +1,9 @@
 """How the activations of an MLP depend on a token's hidden state, as rows that can be summed over tokens first.
 
-Of a direction that is the same at all tokens only sums over tokens enter a token-averaged Jacobian. Activation f of
-token t is along u of its hidden state c_tf (w_f . u) with a few c and w, and what the norm before takes away; summed
-over tokens that is w_f . (sum_t c_tf u_t), for which no token's activation needs a tangent of its own.
+Activation f of token t is along u of its hidden state c_tf (w_f . u) with a few c and w, and what the norm before takes
+away.
 
-Axes: B sequences, S positions, F width of the MLP, P directions.
+Axes: B sequences, S positions, F width of the MLP.
 """
 
 from dataclasses import dataclass
@@ -14,8 +13,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from sparsecod_mcore.jvp.dual import Dual, plain
-from sparsecod_mcore.jvp.rules import is_swiglu, jvp, swiglu
+from sparsecod_mcore.jvp.rules import is_swiglu
 from sparsecod_mcore.jvp.shared import norm_before
 from sparsecod_mcore.model.residual import MeasuredResidualAdd
 
@@ -70,19 +68,6 @@ class Rows:
         of_tokens = (c * (z * u_BSD).sum(-1)[:, None] for c, z in self.of_tokens)
         return sum(of_weights) + sum(of_tokens)  # type: ignore[return-value]
 
-    def means_along(self, u_PSD: Tensor) -> Tensor:
-        """Averaged over the tokens of the only sequence along P of their directions, [P, F] in float32 at least."""
-        dtype = torch.promote_types(u_PSD.dtype, torch.float32)
-        length = u_PSD.shape[1]
-        means_PF = u_PSD.new_zeros(len(u_PSD), len(self.projections[0][1]), dtype=dtype)
-        for c_1FS, w_FD in self.projections:
-            means_PFD = (c_1FS / length).to(u_PSD.dtype) @ u_PSD
-            means_PF += torch.linalg.vecdot(means_PFD.to(dtype), w_FD.to(dtype))
-        for c_1FS, z_1SD in self.of_tokens:
-            products_PS = torch.linalg.vecdot(u_PSD, z_1SD.to(u_PSD.dtype))
-            means_PF += (products_PS.to(dtype) / length) @ c_1FS[0].to(dtype).T
-        return means_PF
-
 
 def swiglu_rows(gate_up_BSF: Tensor, weight_FD: Tensor, norm: Norm) -> Rows:
     """The activations silu(g) u of an MLP with the first projection [2F, D] behind `norm`."""
@@ -107,17 +92,3 @@ def has_rows(layer: TransformerLayer) -> bool:
         and norm_before(mlp.linear_fc1, layer.pre_mlp_layernorm) is not None
         and layer.self_attention.pg_collection.tp.size() == 1
     )
-
-
-def mlp_sums(layer: TransformerLayer, after: Dual, num_summed: int) -> tuple[Tensor, Tensor]:
-    """Tangents of what an MLP that `has_rows` adds to the stream `after`: the first summed over tokens, and the rest."""
-    mlp = layer.mlp
-    shared_PSBD, own_QSBD = after.tangents.tensor_split([num_summed])
-    gate_up = jvp(mlp.linear_fc1, jvp(layer.pre_mlp_layernorm, Dual(after.value, own_QSBD)))
-    own = jvp(mlp.linear_fc2, swiglu(mlp, gate_up)).tangents if len(own_QSBD) else own_QSBD
-    dtype = torch.promote_types(after.value.dtype, torch.float32)
-    norm = Norm.before(mlp.linear_fc1, layer.pre_mlp_layernorm, after.value.flatten(0, 1)[None].to(dtype))
-    rows = swiglu_rows(gate_up.value.flatten(0, 1)[None].to(dtype), plain(mlp.linear_fc1.weight).to(dtype), norm)
-    means_PF = rows.means_along(shared_PSBD.flatten(1, 2))
-    sums_PD = means_PF @ plain(mlp.linear_fc2.weight).to(dtype).T * after.value[..., 0].numel()
-    return sums_PD, own

@@ -30,7 +30,7 @@ class Intervention:
         raise NotImplementedError
 
     def enter(self, stack: Stack, hidden_SBD: torch.Tensor, folds: Sequence[int]) -> torch.Tensor:
-        """What leaves position `first` for the unchanged `hidden_SBD` that enters it, with `folds` sequences of each."""
+        """What leaves position `first` for the unchanged `hidden_SBD` that enters it, `folds` sequences of each."""
         raise NotImplementedError
 
     def layer_at(self, position: int) -> int:

@@ -60,7 +60,7 @@ def make_plan(stack: Stack, scores: Sequence[Score], sequences: int, length: int
 
 
 def evenly(number: int, at_most: int) -> int:
-    """The size of batches that are about equal, of at most so many: a small last one costs almost what a full one does."""
+    """The size of about equal batches of at most so many: a small last one costs almost what a full one does."""
     return -(-number // -(-number // at_most))
 
 
