@@ -151,11 +151,14 @@ class Plain:
 
 
 def by_engine(stack: Stack, tokens_NT: torch.Tensor) -> Figures:
-    """The same figures; of usefulness also the fits that are held out."""
+    """The same figures: without the held-out maps, which the plain way does not know."""
     scores = make_scores(COMPARED, stack, Options(jacobian_sequences=JACOBIAN_SEQUENCES))
     plan = make_plan(stack, scores, len(tokens_NT), tokens_NT.shape[1] - 1, None)
     working = engine.Engine(stack, tokens_NT, plan)
     unchanged = working.run_unchanged(scores)
+    for score in scores:
+        if isinstance(score, usefulness.UsefulnessScore):
+            score.held_out.clear()
     groups = by_first(item for score in scores for item in score.interventions())
     with tempfile.TemporaryDirectory() as folder:
         units = working.run_units(groups, WorkFiles(Path(folder), "benchmark"))
