@@ -1,9 +1,9 @@
-"""Jacobians of layers by forward mode beside the usual way, one backward pass for each row: same layers, same tokens.
+"""Jacobians of layers beside the usual way, one backward pass for each row: same layers, same tokens.
 
 The usual way runs micro-batches of two sequences through the layer with a graph, then takes one gradient for every
-output dimension; a share of the rows is timed, and all are counted. Forward mode carries batches of directions: all
-unit vectors for the matrix J_bar - I, or as many random ones as it takes for its norm to be known to 5 %. Ways run in
-turn; what is compared was checked to agree.
+output dimension; a share of the rows is timed, and all are counted. The matrix J_bar - I comes in closed form; its norm
+from as many random directions, carried forward, as it takes to know it to 5 %. Ways run in turn; what is compared was
+checked to agree.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from sparsecod_mcore.model.build import build_model, evaluation_arguments  # noq
 from sparsecod_mcore.scoring import parallel  # noqa: E402
 from sparsecod_mcore.scoring.stack import Stack  # noqa: E402
 
-ROWS, MATRIX, NORM = "rows, backward", "matrix, forward", "norm to 5 %, forward"
+ROWS, MATRIX, NORM = "rows, backward", "matrix, closed form", "norm to 5 %, forward"
 MICRO_BATCH = 2
 TIMED_ROWS = 32
 ACCURACY = 0.05
@@ -79,10 +79,10 @@ def compare(width: int, length: int, sequences: int, seconds: float) -> dict[str
     hidden_SBD = stack.layer(0, stack.embed(torch.randint(0, stack.vocab_size, (sequences, length))))
     rotary = stack.rotary_embedding(length)
 
-    def by_forward() -> torch.Tensor:
+    def in_closed_form() -> torch.Tensor:
         return deviation_sums(stack.layers[1], hidden_SBD, rotary).T / hidden_SBD[..., 0].numel()
 
-    deviation_DD = by_forward()
+    deviation_DD = in_closed_form()
     torch.testing.assert_close(
         deviation_DD + torch.eye(width), rows_by_backward(stack, 1, hidden_SBD, width), rtol=0, atol=1e-4
     )
@@ -96,7 +96,7 @@ def compare(width: int, length: int, sequences: int, seconds: float) -> dict[str
     timed_rows = min(width, TIMED_ROWS)
     ways: dict[str, list[Callable[[], Any]]] = {
         ROWS: [lambda: rows_by_backward(stack, 1, hidden_SBD, timed_rows)],
-        MATRIX: [by_forward],
+        MATRIX: [in_closed_form],
         NORM: [norm_by_forward],
     }
     times = time_in_turn(ways, "cpu", seconds)
