@@ -53,43 +53,34 @@ def _columns(stage: Stage) -> list[Collective]:
 
 
 def _probes(stage: Stage) -> list[Collective]:
-    """Every `jacobian_interval` steps: one batch of shared and own directions through each layer, then the sums.
-
-    Where only some sequences have noise of each token's own, these go through the layer as a batch by themselves.
-    """
+    """Every `jacobian_interval` steps: one batch of P shared and R own directions through each layer, then the sums."""
     args, groups = stage.args, stage.groups
     if not args.cod_jacobian_interval:
         return []
     probing = Probing(
         args.cod_jacobian_probes,
-        args.micro_batch_size,
-        args.data_parallel_size,
+        args.micro_batch_size * args.data_parallel_size,
         args.cod_jacobian_directions == "residual",
     )
     share = 1 / args.cod_jacobian_interval
     layers, shared = args.num_layers, probing.num_probes
+    own = probing.rounds + probing.along_residual
     streams = layers * len(JACOBIAN_STREAMS)
-    squares = streams * probing.rounds * len(probing.sequences)
+    squares = streams * probing.rounds * args.micro_batch_size
     # Sums of u and v u of both parts; tokens, norms of h and sequences; two sums of squares, and two along h.
     sums = layers * NUM_PARTS * shared * (args.hidden_size + 1) + 3 * layers + streams * 4
     found = [
         _call("probes", "all_reduce", groups.tensor_context, squares * _DOUBLE, share),
         _call("probes", "all_reduce", groups.world, sums * _DOUBLE, share),
     ]
-    part = len(probing.sequences) / args.micro_batch_size
-    if part == 1:
-        through_layer = _layer(stage, shared, probing.rounds + probing.along_residual)
-    else:
-        through_layer = [*_layer(stage, shared, probing.along_residual), *_layer(stage, 0, probing.rounds, part)]
-    for one in through_layer:
+    for one in _layer(stage, shared, own):
         found.append(_call("probes", one.operation, one.group, one.payload, share * one.calls))
     return found
 
 
-def _layer(stage: Stage, shared: int, own: int, part: float = 1) -> list[Collective]:
-    """Of all layers of the stage, each given one batch: `part` of the sequences. A value travels with its tangents."""
+def _layer(stage: Stage, shared: int, own: int) -> list[Collective]:
+    """Of all layers of the stage, each probed once. A value travels with its tangents."""
     args, groups = stage.args, stage.groups
-    activation, tokens = part * stage.activation, part * stage.tokens
     tensor, dense = groups.tensor, stage.layers - stage.moe_layers
     every = 1 + shared + own
     found: list[Collective] = []
@@ -100,27 +91,25 @@ def _layer(stage: Stage, shared: int, own: int, part: float = 1) -> list[Collect
     gathers = args.sequence_parallel
     brings_together: Operation = "reduce_scatter" if gathers else "all_reduce"
     if gathers:
-        call("all_gather", tensor, (1 + own) * activation, stage.layers)  # what queries, keys, values are of
-        if shared:
-            call("all_gather", tensor, (1 + shared) * tokens * 4, stage.layers)  # the norm's scales
-        call("all_gather", tensor, every * activation, dense)  # what the MLP is of
-    call(brings_together, tensor, every * activation, stage.layers)  # attention's last projection
+        call("all_gather", tensor, (1 + own) * stage.activation, stage.layers)  # what queries, keys, values are of
+        call("all_gather", tensor, (1 + shared) * stage.tokens * 4, stage.layers)  # the norm's scales, for the shared
+        call("all_gather", tensor, every * stage.activation, dense)  # what the MLP is of
+    call(brings_together, tensor, every * stage.activation, stage.layers)  # attention's last projection
     # The MLP's last projection takes the shared directions summed over tokens, in a row of each rank's, and the others.
-    if shared:
-        call(brings_together, tensor, (1 + shared) * tensor.size * args.hidden_size * stage.element, dense)
-    if own:
-        call(brings_together, tensor, (1 + own) * activation, dense)
+    rows = (1 + shared) * tensor.size * args.hidden_size * stage.element
+    call(brings_together, tensor, rows, dense)
+    call(brings_together, tensor, (1 + own) * stage.activation, dense)
     if args.num_query_groups < tensor.size:
-        heads = tokens * stage.heads_width * stage.element
+        heads = stage.tokens * stage.heads_width * stage.element
         call("all_gather", tensor, heads, stage.layers)
         call("all_gather", tensor, own * heads, stage.layers)
-        if shared:
-            call("all_gather", tensor, shared * stage.heads_width * stage.element, stage.layers)
+        call("all_gather", tensor, shared * stage.heads_width * stage.element, stage.layers)
     groups_held = max(1, args.num_query_groups // tensor.size)
-    keys = tokens * args.kv_channels * groups_held * stage.element * groups.context.size
+    keys = stage.tokens * args.kv_channels * groups_held * stage.element * groups.context.size
     call("all_gather", groups.context, every * keys, 2 * stage.layers)
     if stage.moe_layers:
-        rows_sent = tokens / (tensor.size if gathers else 1) * args.moe_router_topk
+        tokens = stage.tokens / (tensor.size if gathers else 1)
+        rows_sent = tokens * args.moe_router_topk
         width = every * args.hidden_size + (every - 1) * args.num_experts  # with tangents of every expert's gate
         call("all_to_all", groups.expert, rows_sent * width * stage.element, 2 * stage.moe_layers)
         call("all_to_all", groups.expert, rows_sent * stage.element, stage.moe_layers)
@@ -131,6 +120,6 @@ def _layer(stage: Stage, shared: int, own: int, part: float = 1) -> list[Collect
         call("all_gather", groups.tensor_expert, 8 * args.num_experts * groups.tensor_expert.size, stage.moe_layers)
         if args.moe_shared_expert_intermediate_size:
             if gathers:
-                call("all_gather", tensor, every * activation, stage.moe_layers)
-            call(brings_together, tensor, every * activation, stage.moe_layers)
+                call("all_gather", tensor, every * stage.activation, stage.moe_layers)
+            call(brings_together, tensor, every * stage.activation, stage.moe_layers)
     return found

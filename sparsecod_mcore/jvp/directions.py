@@ -4,7 +4,6 @@ Every vector comes from a generator of its own, seeded by what the vector belong
 neither read nor moved.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,13 +49,10 @@ class Noise(NamedTuple):
         """One vector a probe, [P, D], the same on all ranks."""
         return self._normal((SHARED,), (num_probes, width))
 
-    def own(self, index: int, place: Place, sequences: Sequence[int], width: int) -> Tensor:
-        """A vector of its own for every token of `sequences` that this rank holds, [S, U, D]; another for each `index`.
-
-        Sequences are counted from the rank's first.
-        """
-        first = place.first_sequence
-        return torch.stack([self._of_sequence(index, first + number, place, width) for number in sequences], 1)
+    def own(self, index: int, place: Place, batch_size: int, width: int) -> Tensor:
+        """A vector of its own for every token that this rank holds, [S, B, D]; another for each `index`."""
+        sequences = range(place.first_sequence, place.first_sequence + batch_size)
+        return torch.stack([self._of_sequence(index, sequence, place, width) for sequence in sequences], 1)
 
     def _of_sequence(self, index: int, sequence: int, place: Place, width: int) -> Tensor:
         """Drawn in blocks of positions, so that nobody draws much more than what they hold of a long sequence."""

@@ -1,7 +1,7 @@
 """Jacobian statistics of layers from a few directions, as sums that ranks can add up.
 
 Axes: L layers of the whole model, R parts of a layer's Jacobian (attention branch, MLP branch), T streams (both
-together, and each), U sequences of independent noise, N rounds of it, and those of the package.
+together, and each), U sequences of independent noise, and those of the package.
 """
 
 from collections.abc import Iterator
@@ -13,9 +13,7 @@ from torch import Tensor
 
 from sparsecod_mcore.jvp.attention import Rotary
 from sparsecod_mcore.jvp.directions import Noise, Place
-from sparsecod_mcore.jvp.dual import Dual
-from sparsecod_mcore.jvp.layer import layer_branches, probe_branches
-from sparsecod_mcore.jvp.rules import known_outputs_of
+from sparsecod_mcore.jvp.layer import probe_branches
 from sparsecod_mcore.ops import NUM_PROBE_MOMENTS, ProbeMoment, probe_moments
 
 STREAMS = ("jacobian", "jacobian_attention", "jacobian_mlp")
@@ -46,33 +44,26 @@ class ProbeSums:
 class Probing:
     """How a layer is probed: `num_probes` directions of each kind of noise, and the residual stream if asked.
 
-    Where each token has noise of its own, each sequence is a probe of its own: of the `batch_size` that each of `ranks`
-    data-parallel ranks holds as many are probed as it takes, in several rounds where there are fewer than probes.
+    Where each token has noise of its own, each sequence is a probe of its own: `num_sequences` of them, on all ranks,
+    may need fewer rounds than there are probes.
     """
 
     num_probes: int
-    batch_size: int
-    ranks: int = 1
+    num_sequences: int
     along_residual: bool = False
-
-    @property
-    def sequences(self) -> range:
-        """Which sequences of a rank have noise of each token's own: evenly spread, and the same of every rank."""
-        number = min(self.batch_size, -(-self.num_probes // self.ranks))
-        return range(0, self.batch_size // number * number, self.batch_size // number)
 
     @property
     def rounds(self) -> int:
         """Rounds of independent noise."""
-        return -(-self.num_probes // (len(self.sequences) * self.ranks))
+        return -(-self.num_probes // self.num_sequences)
 
-    def zeros(self, num_layers: int, hidden_size: int, device: torch.types.Device) -> ProbeSums:
+    def zeros(self, num_layers: int, hidden_size: int, batch_size: int, device: torch.types.Device) -> ProbeSums:
         """Sums of nothing."""
         parts = (num_layers, NUM_PARTS, self.num_probes)
         streams = (num_layers, len(STREAMS))
         shapes = (
             (*parts, hidden_size), parts, (num_layers,),
-            (*streams, self.rounds * len(self.sequences)),
+            (*streams, self.rounds * batch_size),
             streams, streams, (num_layers,),
         )  # fmt: skip
         return ProbeSums(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
@@ -88,48 +79,32 @@ def probe_layer(
     place: Place,
     sums: ProbeSums,
 ) -> None:
-    """Add to `sums` what one round of probes says of `layer` at its input.
+    """Add to `sums` what one round of probes says of `layer` at its input; all directions run as one batch.
 
-    All directions run as one batch, or as two where only some sequences have noise of each token's own. Collective
-    over the ranks that hold parts of the layer.
+    Collective over the ranks that hold parts of the layer.
     """
-    index, width, rounds, sequences = noise.layer, hidden_SBD.shape[-1], probing.rounds, probing.sequences
+    index = noise.layer
+    batch_size, width = hidden_SBD.shape[1:]
     shared_PD = noise.shared(probing.num_probes, width)
-    own_NSUD = torch.stack([noise.own(number, place, sequences, width) for number in range(rounds)])
+    rounds = [noise.own(number, place, batch_size, width) for number in range(probing.rounds)]
     along = [hidden_SBD] if probing.along_residual else []
-    if own_NSUD.shape[1:] == hidden_SBD.shape:
-        probed = probe_branches(layer, hidden_SBD, shared_PD, torch.stack([*own_NSUD, *along]), rotary_pos_emb)
-        of_own, of_stream = zip(*(u.tensor_split([rounds]) for u in (probed.attention, probed.mlp)), strict=True)
-    else:
-        probed = probe_branches(layer, hidden_SBD, shared_PD, torch.stack(along) if along else None, rotary_pos_emb)
-        of_own, of_stream = _of_some(layer, hidden_SBD, own_NSUD, sequences, rotary_pos_emb), probed[2:]
+    probed = probe_branches(layer, hidden_SBD, shared_PD, torch.stack([*rounds, *along]), rotary_pos_emb)
 
     for part, sums_PD in enumerate((probed.attention_sums, probed.mlp_sums)):
         sums.shared_LRPD[index, part] += sums_PD
         sums.products_LRP[index, part] += (shared_PD.double() * sums_PD).sum(-1)
     sums.tokens_L[index] += hidden_SBD[..., 0].numel()
 
-    for stream, u_NSUD in enumerate((of_own[0] + of_own[1], *of_own)):
-        moments_NU = torch.stack(
-            [_moments(v, u)[:, ProbeMoment.SQUARED_NORM] for v, u in zip(own_NSUD, u_NSUD, strict=True)]
-        )
-        sums.squares_LTU[index, stream] += moments_NU.flatten()
-    if along:
-        for stream, (u_SBD,) in enumerate((of_stream[0] + of_stream[1], *of_stream)):
-            moments = _moments(hidden_SBD, u_SBD).sum(0)
+    for stream, u_QSBD in enumerate((probed.attention + probed.mlp, probed.attention, probed.mlp)):
+        for number, v_SBD in enumerate(rounds):
+            units = slice(number * batch_size, (number + 1) * batch_size)
+            sums.squares_LTU[index, stream, units] += _moments(v_SBD, u_QSBD[number])[:, ProbeMoment.SQUARED_NORM]
+        if along:
+            moments = _moments(hidden_SBD, u_QSBD[-1]).sum(0)
             sums.residual_LT[index, stream] += moments[ProbeMoment.PRODUCT]
             sums.residual_squares_LT[index, stream] += moments[ProbeMoment.SQUARED_NORM]
+    if along:
         sums.residual_norms_L[index] += hidden_SBD.double().square().sum()
-
-
-def _of_some(
-    layer: TransformerLayer, hidden_SBD: Tensor, own_NSUD: Tensor, sequences: range, rotary_pos_emb: Rotary
-) -> tuple[Tensor, Tensor]:
-    """Tangents of both branches along directions of these sequences' tokens."""
-    some = slice(sequences.start, sequences.stop, sequences.step)
-    with known_outputs_of(some):
-        branches = layer_branches(layer, Dual(hidden_SBD[:, some].contiguous(), own_NSUD), rotary_pos_emb)
-    return branches.attention.tangents, branches.mlp.tangents
 
 
 def _moments(v_SBD: Tensor, u_SBD: Tensor) -> Tensor:

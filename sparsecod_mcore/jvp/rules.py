@@ -114,13 +114,6 @@ def known_outputs(outputs: Mapping[torch.nn.Module, Tensor]) -> Iterator[None]:
         _known_outputs.reset(token)
 
 
-@contextmanager
-def known_outputs_of(sequences: slice) -> Iterator[None]:
-    """What is known of these sequences only, of outputs [S, B, ...]."""
-    with known_outputs({module: output[:, sequences] for module, output in _known_outputs.get().items()}):
-        yield
-
-
 def _known(module: ColumnParallelLinear | RowParallelLinear) -> Tensor | None:
     """Not among tensor-parallel ranks, where values and tangents share collectives, nor with a bias."""
     if module.tp_group.size() > 1 or module.bias is not None:

@@ -39,10 +39,12 @@ class JacobianProbes:
         self._sequence_parallel = args.sequence_parallel
         self._sequence_length, self._seed = args.seq_length, args.seed
         self._replicated = replicated
-        ranks = parallel_state.get_data_parallel_world_size()
+        num_sequences = args.micro_batch_size * parallel_state.get_data_parallel_world_size()
         along_residual = args.cod_jacobian_directions == "residual"
-        self._probing = Probing(args.cod_jacobian_probes, args.micro_batch_size, ranks, along_residual)
-        self._sums = self._probing.zeros(args.num_layers, args.hidden_size, torch.cuda.current_device())
+        self._probing = Probing(args.cod_jacobian_probes, num_sequences, along_residual)
+        self._sums = self._probing.zeros(
+            args.num_layers, args.hidden_size, args.micro_batch_size, torch.cuda.current_device()
+        )
         self._measured: int | None = None
         self._waiting: set[int] = set()
         self._outputs: dict[torch.nn.Module, torch.Tensor] = {}  # of the layer that is running

@@ -68,8 +68,8 @@ def test_statistics_are_unbiased_and_know_their_error(layer: torch.nn.Module) ->
     """Of many probes: each within four of its own standard errors of the truth, and the error is not a guess."""
     hidden, num_probes = hidden_states(), 3000
     truth = whole_jacobian(layer, hidden)
-    probing = Probing(num_probes, batch_size=B, along_residual=True)
-    sums = probing.zeros(1, D, torch.device("cpu"))
+    probing = Probing(num_probes, num_sequences=B, along_residual=True)
+    sums = probing.zeros(1, D, B, torch.device("cpu"))
     probe_layer(layer, hidden, None, probing, noise(), place_of_this_rank(S, B, False), sums)
     statistics = jacobian_statistics(*reduce_over_ranks(sums, S, replicated=False), along_residual=True)
     for stream in STREAMS:
@@ -93,8 +93,8 @@ def test_statistics_are_unbiased_and_know_their_error(layer: torch.nn.Module) ->
 
 def test_a_single_probe_has_no_error_and_is_a_number_all_the_same() -> None:
     layer = random_model().decoder.layers[0]
-    probing = Probing(1, batch_size=B)
-    sums = probing.zeros(2, D, torch.device("cpu"))
+    probing = Probing(1, num_sequences=B)
+    sums = probing.zeros(2, D, B, torch.device("cpu"))
     probe_layer(layer, hidden_states(), None, probing, noise(), place_of_this_rank(S, B, False), sums)
     statistics = jacobian_statistics(*reduce_over_ranks(sums, S, replicated=False), along_residual=False)
     assert statistics["jacobian", "deviation"][0].isfinite()
@@ -102,31 +102,13 @@ def test_a_single_probe_has_no_error_and_is_a_number_all_the_same() -> None:
     assert statistics["jacobian", "deviation"][1].isnan(), "a layer that was not probed has no deviation"
 
 
-def test_some_sequences_are_enough_for_few_probes(layer: torch.nn.Module) -> None:
-    """Noise of each token's own goes to as many sequences as there are probes, which answer as in a batch of all."""
-    assert list(Probing(3, 8).sequences) == [0, 2, 4]
-    assert list(Probing(4, 8).sequences) == [*Probing(4, 4, ranks=2).sequences, *(4 + k for k in (0, 2))]
-    assert (Probing(4, 1, ranks=64).rounds, Probing(5, 2).rounds, list(Probing(5, 2).sequences)) == (1, 3, [0, 1])
-    hidden, place = hidden_states().repeat(1, 2, 1) + torch.arange(2 * B)[:, None], place_of_this_rank(S, 2 * B, False)
-    probing = Probing(2, 2 * B, along_residual=True)
-    sums = probing.zeros(1, D, torch.device("cpu"))
-    probe_layer(layer, hidden, None, probing, noise(), place, sums)
-    everyone = noise().own(0, place, range(2 * B), D)
-    answers = layer_branches(layer, Dual(hidden, torch.stack([everyone, hidden])))
-    for stream, u_2SBD in enumerate(
-        (answers.attention.tangents + answers.mlp.tangents, *(a.tangents for a in answers))
-    ):
-        torch.testing.assert_close(sums.squares_LTU[0, stream], u_2SBD[0].square().sum((0, 2))[[0, 2]])
-        torch.testing.assert_close(sums.residual_LT[0, stream], (hidden * u_2SBD[1]).sum())
-
-
 def test_noise_belongs_to_its_token_whoever_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Place(0, S, torch.arange(S))
     monkeypatch.setattr(directions, "BLOCK", 4)
-    everything = noise().own(0, whole, range(4), D)
-    part = noise().own(0, Place(2, S, torch.tensor([1, 4])), range(2), D)
+    everything = noise().own(0, whole, 4, D)
+    part = noise().own(0, Place(2, S, torch.tensor([1, 4])), 2, D)
     assert torch.equal(part, everything[[1, 4]][:, 2:])
-    assert not torch.equal(noise().own(1, whole, range(4), D), everything)
+    assert not torch.equal(noise().own(1, whole, 4, D), everything)
     assert not torch.equal(noise(2).shared(3, D), noise().shared(3, D))
     assert abs(everything.mean()) < 0.3 and abs(everything.std() - 1) < 0.2
 

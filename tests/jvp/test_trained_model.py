@@ -78,14 +78,14 @@ def test_some_probes_agree_within_their_own_error(
 
 def agree(stack: Stack, inputs: list[torch.Tensor], expected: list[dict[str, float]], num_probes: int) -> None:
     width = stack.hidden_size
-    probing = Probing(num_probes, SEQUENCES, ranks=num_probes)
+    probing = Probing(num_probes, num_sequences=num_probes)
     device = torch.device("cpu")
     for layer, hidden in enumerate(inputs):
         length = hidden.shape[0]
-        sums = probing.zeros(stack.num_layers, width, device)
-        few = Probing(AT_ONCE, SEQUENCES, ranks=AT_ONCE)
+        sums = probing.zeros(stack.num_layers, width, SEQUENCES, device)
+        few = Probing(AT_ONCE, num_sequences=num_probes)
         for first in range(0, num_probes, AT_ONCE):
-            part = few.zeros(stack.num_layers, width, device)
+            part = few.zeros(stack.num_layers, width, SEQUENCES, device)
             noise = Noise(1, first, layer, device, torch.float32)
             rotary = stack.rotary_embedding(length)
             place = place_of_this_rank(length, SEQUENCES, False)
