@@ -174,10 +174,9 @@ def _positions(x: Dual, positions: slice) -> Dual:
 def _attend(q: Dual, k: Dual, v: Dual, scale: float | None) -> Dual:
     q_BNSH, k_BGTH, v_BGTH = (x.value.permute(1, 2, 0, 3) for x in (q, k, v))
     if not len(q.tangents):  # which the operator does not take
-        causal_ST = torch.ones(q_BNSH.shape[2], k_BGTH.shape[2], dtype=torch.bool, device=q_BNSH.device)
-        causal_ST = causal_ST.tril(k_BGTH.shape[2] - q_BNSH.shape[2])
+        assert q_BNSH.shape[2] == k_BGTH.shape[2], "context parallelism always comes with tangents"
         context_BNSH = torch.nn.functional.scaled_dot_product_attention(
-            q_BNSH, k_BGTH, v_BGTH, causal_ST, scale=scale, enable_gqa=True
+            q_BNSH, k_BGTH, v_BGTH, is_causal=True, scale=scale, enable_gqa=q_BNSH.shape[1] != k_BGTH.shape[1]
         )
         context_SBE = context_BNSH.permute(2, 0, 1, 3).flatten(2)
         return Dual(context_SBE, context_SBE.new_empty(0, *context_SBE.shape))

@@ -5,25 +5,29 @@ depends on its hidden state behind attention, and A_i how what attention adds de
 of a few outer products (`Rows`, `HeadDerivative`), so that the sum over tokens can be taken first, by products of whole
 matrices, and no direction has to be carried through the layer.
 
-Axes: B sequences, S positions, of them I queries of a block and J keys up to its end; F width of the MLP, K = 2 H.
+Axes: B sequences, S positions, of them I queries of a block and J keys up to its end; F width of the MLP, K = 2 H,
+M = 3 H.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from sparsecod_mcore.jvp.attention import Heads, Rotary, attend, heads, split_heads
 from sparsecod_mcore.jvp.dual import Dual, plain
-from sparsecod_mcore.jvp.head_derivative import HeadDerivative, head_derivative
+from sparsecod_mcore.jvp.head_derivative import KEYS_AT_ONCE, HeadDerivative, head_derivative
 from sparsecod_mcore.jvp.rows import Norm, Rows, has_rows, swiglu_rows
 from sparsecod_mcore.jvp.rules import jvp
 from sparsecod_mcore.jvp.shared import norm_before
 from sparsecod_mcore.model.attention import SDPACoreAttention
 from sparsecod_mcore.model.residual import MeasuredResidualAdd
 
+ACTIVATIONS_AT_ONCE = 2**28  # numbers, of all tokens
 QUERIES_AT_ONCE = 256
 NUMBERS_AT_ONCE = 2**24  # that one head holds of its queries
 ROWS_AT_ONCE = 128
@@ -34,7 +38,11 @@ def in_closed_form(layer: TransformerLayer) -> bool:
     """Whether `closed_form_sums` knows this layer: dense, pre-norm without norms beside, no biases, whole here."""
     attention = layer.self_attention
     return (
-        has_rows(layer)
+        type(layer) is TransformerLayer
+        and isinstance(layer.cross_attention, IdentityOp)
+        and type(attention) is SelfAttention
+        and not layer.config.attention_output_gate
+        and has_rows(layer)
         and type(attention.core_attention) is SDPACoreAttention
         and type(layer.self_attn_bda) is MeasuredResidualAdd
         and attention.q_layernorm is None
@@ -51,6 +59,15 @@ def closed_form_sums(layer: TransformerLayer, hidden_SBD: Tensor, rotary_pos_emb
 
     Of a layer that `in_closed_form` accepts. Computed in the dtype of the input, float32 at least.
     """
+    length, sequences, width = hidden_SBD.shape
+    of_sequence = 8 * length * layer.config.ffn_hidden_size  # coefficients of activations, and what they are made of
+    sums_DD = torch.zeros(width, width, dtype=torch.float64, device=hidden_SBD.device)
+    for some in _slices(sequences, max(1, ACTIVATIONS_AT_ONCE // of_sequence)):
+        sums_DD += _sums_of(layer, hidden_SBD[:, some], rotary_pos_emb)
+    return sums_DD
+
+
+def _sums_of(layer: TransformerLayer, hidden_SBD: Tensor, rotary_pos_emb: Rotary) -> Tensor:
     attention, mlp = layer.self_attention, layer.mlp
     dtype = torch.promote_types(hidden_SBD.dtype, torch.float32)
     given = Dual(hidden_SBD, hidden_SBD.new_empty(0, *hidden_SBD.shape))
@@ -112,17 +129,17 @@ class Sums:
         self.heads, self.width, self.hidden = context.q_NHD.shape
         self.sequences, self.functions, self.length = rows.projections[0][0].shape
         groups_N = torch.arange(self.heads) * len(context.k_GHD) // self.heads
-        maps_NKD = torch.cat([context.q_NHD, context.k_GHD[groups_N], context.v_GHD[groups_N]], 1)
-        self.maps_NKD = maps_NKD.double()
-        self.own_NHK = self.maps_NKD.new_zeros(self.heads, self.width, 3 * self.width)
-        self.rows_NFK = self.maps_NKD.new_zeros(self.heads, self.functions, 3 * self.width)
-        self.own_ED = self.maps_NKD.new_zeros(self.heads * self.width, self.hidden)
-        self.rows_FD = self.maps_NKD.new_zeros(self.functions, self.hidden)
+        maps_NMD = torch.cat([context.q_NHD, context.k_GHD[groups_N], context.v_GHD[groups_N]], 1)
+        self.maps_NMD = maps_NMD.double()
+        self.own_NHM = self.maps_NMD.new_zeros(self.heads, self.width, 3 * self.width)
+        self.rows_NFM = self.maps_NMD.new_zeros(self.heads, self.functions, 3 * self.width)
+        self.own_ED = self.maps_NMD.new_zeros(self.heads * self.width, self.hidden)
+        self.rows_FD = self.maps_NMD.new_zeros(self.functions, self.hidden)
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Of contexts [E, D], and of functions [F, D]."""
-        of_block = min(self.length, QUERIES_AT_ONCE) * 2 * self.width**2
-        for sequences in _slices(self.sequences, max(1, NUMBERS_AT_ONCE // of_block)):
+        of_block = 2 * min(self.length, QUERIES_AT_ONCE) + min(self.length, KEYS_AT_ONCE)
+        for sequences in _slices(self.sequences, max(1, NUMBERS_AT_ONCE // (of_block * self.width**2))):
             y_BSD = self.context.norm.y_BSD[sequences]
             own_BNHS = y_BSD.new_zeros(len(y_BSD), self.heads, self.width, self.length)  # what y . d is multiplied by
             rows_BFS = y_BSD.new_zeros(len(y_BSD), self.functions, self.length)
@@ -130,8 +147,9 @@ class Sums:
                 self._add_block(sequences, queries, own_BNHS, rows_BFS)
             self.own_ED -= (own_BNHS.flatten(1, 2) @ y_BSD).double().sum(0)
             self.rows_FD -= (rows_BFS @ y_BSD).double().sum(0)
-        own_ED = self.own_ED + (self.own_NHK @ self.maps_NKD).flatten(0, 1)
-        return own_ED, self.rows_FD + (self.rows_NFK @ self.maps_NKD).sum(0)
+        own_ED = self.own_ED + (self.own_NHM @ self.maps_NMD).flatten(0, 1)
+        of_all_heads = self.rows_NFM.transpose(0, 1).flatten(1) @ self.maps_NMD.flatten(0, 1)
+        return own_ED, self.rows_FD + of_all_heads
 
     def _add_block(self, sequences: slice, queries: slice, own_BNHS: Tensor, rows_BFS: Tensor) -> None:
         """Add a block of queries: to the maps' coefficients here, and to those of y . d."""
@@ -143,8 +161,8 @@ class Sums:
         for head in range(self.heads):
             o = self.context.head(head, sequences, queries)
             of_head = self.rows.part(sequences, queries, slice(head * self.width, (head + 1) * self.width))
-            self.own_NHK[head] += _own_sums(o)
-            self.rows_NFK[head] += _row_sums(o, of_head)
+            self.own_NHM[head] += _own_sums(o)
+            self.rows_NFM[head] += _row_sums(o, of_head)
             own_BNHS[:, head, :, keys] += o.v_BJH.mT * o.spread_BIJ.sum(1, keepdim=True)
             own_BNHS[:, head, :, keys] -= o.context_BIH.mT @ o.scored_BIJ
             own_BNHS[:, head, :, queries] += o.own_norm_BIH.mT

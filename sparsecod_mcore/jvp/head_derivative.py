@@ -18,6 +18,8 @@ from torch import Tensor
 
 from sparsecod_mcore.jvp.attention import Rotation
 
+KEYS_AT_ONCE = 1024  # whose products of values and keys are there at a time
+
 
 @dataclass(frozen=True)
 class HeadDerivative:
@@ -72,9 +74,11 @@ def head_derivative(
 
 def _about_mean(weights_BIJ: Tensor, v_BJH: Tensor, o_BIH: Tensor, x_BJK: Tensor) -> Tensor:
     """sum_j weights_ij (v_j - o_i) x_j^T, [B, I, H, K]."""
-    products = (v_BJH[..., None] * x_BJK[..., None, :]).flatten(-2)
-    sums_BIHK = (weights_BIJ @ products).unflatten(-1, (v_BJH.shape[-1], -1))
-    return sums_BIHK.sub_(o_BIH[..., None] * (weights_BIJ @ x_BJK)[..., None, :])
+    sums = (-o_BIH[..., None] * (weights_BIJ @ x_BJK)[..., None, :]).flatten(2)
+    parts = (t.split(KEYS_AT_ONCE, dim) for t, dim in ((weights_BIJ, 2), (v_BJH, 1), (x_BJK, 1)))
+    for weights, v, x in zip(*parts, strict=True):
+        sums.baddbmm_(weights, (v[..., None] * x[..., None, :]).flatten(2))
+    return sums.unflatten(2, (v_BJH.shape[-1], -1))
 
 
 def _through_keys(weighted_BIJ: Tensor, v_BJH: Tensor, o_BIH: Tensor, q_BIH: Tensor, of_k: Rotation | None) -> Tensor:

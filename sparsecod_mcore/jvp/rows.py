@@ -9,6 +9,7 @@ Axes: B sequences, S positions, F width of the MLP.
 from dataclasses import dataclass
 
 import torch
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
@@ -90,5 +91,6 @@ def has_rows(layer: TransformerLayer) -> bool:
         and type(layer.mlp_bda) is MeasuredResidualAdd
         and not layer.config.add_bias_linear
         and norm_before(mlp.linear_fc1, layer.pre_mlp_layernorm) is not None
+        and isinstance(mlp.linear_fc2, RowParallelLinear)
         and layer.self_attention.pg_collection.tp.size() == 1
     )
