@@ -7,6 +7,9 @@ Axes: B sequences, S positions, F width of the MLP.
 """
 
 from dataclasses import dataclass
+from functools import reduce
+from itertools import chain
+from operator import add
 
 import torch
 from megatron.core.tensor_parallel.layers import RowParallelLinear
@@ -49,7 +52,8 @@ class Rows:
     def summed(self) -> Tensor:
         """Summed over tokens, [F, D] in float64."""
         of_weights = (c.double().sum((0, 2))[:, None] * w for c, w in self.projections)
-        return sum(of_weights) + sum((c @ z).double().sum(0) for c, z in self.of_tokens)  # type: ignore[return-value]
+        of_tokens = ((c @ z).double().sum(0) for c, z in self.of_tokens)
+        return reduce(add, chain(of_weights, of_tokens))
 
     def through(self, weight_DE: Tensor) -> "Rows":
         """The same functions of a state that is W x, as functions of x."""
@@ -67,7 +71,7 @@ class Rows:
         """Along u of each token, [B, F, S]."""
         of_weights = (c * (w @ u_BSD.mT) for c, w in self.projections)
         of_tokens = (c * (z * u_BSD).sum(-1)[:, None] for c, z in self.of_tokens)
-        return sum(of_weights) + sum(of_tokens)  # type: ignore[return-value]
+        return reduce(add, chain(of_weights, of_tokens))
 
 
 def swiglu_rows(gate_up_BSF: Tensor, weight_FD: Tensor, norm: Norm) -> Rows:
