@@ -62,15 +62,15 @@ inline c10::SymDimVector with_probes(const std::optional<c10::SymInt>& probes, c
 }
 
 // A tangent has the shape of its primal, or one dimension more in front: several tangents, one per probe. Returns how
-// many, if that dimension is there.
+// many, if that dimension is there; at least `fewest`.
 inline std::optional<c10::SymInt> check_tangent(const char* argument, const at::Tensor& tangent,
-                                                const char* primal_name, const at::Tensor& primal) {
+                                                const char* primal_name, const at::Tensor& primal, int fewest = 1) {
   const bool probed = tangent.dim() == primal.dim() + 1;
   const auto probes = probed ? std::optional(tangent.sym_size(0)) : std::nullopt;
   TORCH_CHECK_VALUE(tangent.sym_sizes().equals(with_probes(probes, primal.sym_sizes())), argument, " has shape ",
                     tangent.sym_sizes(), ", but must have ", primal_name, "'s shape ", primal.sym_sizes(),
                     ", or a number of probes before it");
-  TORCH_CHECK_VALUE(!probes || *probes > 0, argument, " has 0 probes, but must have at least 1");
+  TORCH_CHECK_VALUE(!probes || *probes >= fewest, argument, " has ", *probes, " probes, but must have at least ", fewest);
   check_like(argument, tangent, primal_name, primal);
   return probes;
 }

@@ -1,4 +1,5 @@
-// sparsecod::flash_attention_jvp: schema, argument checks, shape inference, registration.
+// sparsecod::flash_attention_jvp and, on CPU, flash_attention_jvp_shared: schemas, argument checks, shape inference,
+// registration.
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
@@ -27,10 +28,12 @@ namespace {
 
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
+at::ScalarType real_of(const at::Tensor& q) { return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
 // Returns how many probes the tangents are of, if they have that dimension.
 std::optional<c10::SymInt> check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                  const at::Tensor& q_tangent, const at::Tensor& k_tangent, const at::Tensor& v_tangent,
-                                 std::optional<double> scale, bool causal) {
+                                 std::optional<double> scale, bool causal, int fewest_probes = 1) {
   check_floating("q", q);
   TORCH_CHECK_VALUE(q.dim() == 4 && q.sym_size(3) > 0, "q has shape ", q.sym_sizes(),
                     ", but must have shape [B, H, T, D] with D > 0");
@@ -46,7 +49,7 @@ std::optional<c10::SymInt> check(const at::Tensor& q, const at::Tensor& k, const
   check_like("k", k, "q", q);
   check_same_shape("v", v, "k", k);
   check_like("v", v, "q", q);
-  const auto probes = check_tangent("q_tangent", q_tangent, "q", q);
+  const auto probes = check_tangent("q_tangent", q_tangent, "q", q, fewest_probes);
   for (const auto& [argument, tangent] : {std::pair("k_tangent", k_tangent), std::pair("v_tangent", v_tangent)}) {
     const std::string meaning = probes ? "q_tangent's probes and k's shape " : "k's shape ";
     check_shape(argument, tangent, with_probes(probes, k.sym_sizes()), meaning);
@@ -72,29 +75,85 @@ at::Tensor empty_in_order_of(const at::Tensor& model, const std::optional<c10::S
   return at::empty_strided_symint(with_probes(probes, model.sym_sizes()), strides, model.options());
 }
 
+Result empty_results(const at::Tensor& q, const std::optional<c10::SymInt>& probes) {
+  return {empty_in_order_of(q, std::nullopt), empty_in_order_of(q, probes),
+          at::empty_symint({q.sym_size(0), q.sym_size(1), q.sym_size(2)}, q.options().dtype(real_of(q)))};
+}
+
+void check(const cpu::SharedTangents& shared, const at::Tensor& q, const at::Tensor& k, const at::Tensor& q_tangent) {
+  const c10::SymInt heads = q.sym_size(1), kv_heads = k.sym_size(1), keys = k.sym_size(2), head_dim = q.sym_size(3);
+  TORCH_CHECK_VALUE(q_tangent.dim() == 5, "q_tangent has shape ", q_tangent.sym_sizes(),
+                    ", but must have a number of probes before q's shape ", q.sym_sizes());
+  TORCH_CHECK_VALUE(q.sym_size(2) == keys, "q has ", q.sym_size(2), " queries, but must have as many as k's ", keys,
+                    " keys");
+  TORCH_CHECK_VALUE(shared.q_offset.dim() == 4 && shared.q_offset.sym_size(0) > 0, "q_offset has shape ",
+                    shared.q_offset.sym_sizes(), ", but must have shape [N, ", heads, ", ", keys, ", ", head_dim,
+                    "] with N > 0");
+  const c10::SymInt probes = shared.q_offset.sym_size(0);
+  check_shape("q_offset", shared.q_offset, {probes, heads, keys, head_dim}, "probes and q's shape of one sequence ");
+  check_shape("k_offset", shared.k_offset, {probes, kv_heads, keys, head_dim},
+              "q_offset's probes and k's shape of one sequence ");
+  check_shape("v_offset", shared.v_offset, {probes, kv_heads, head_dim},
+              "q_offset's probes and v's shape of one key ");
+  check_like("q_offset", shared.q_offset, "q", q);
+  check_like("k_offset", shared.k_offset, "q", q);
+  check_like("v_offset", shared.v_offset, "q", q);
+  check_shape("token_scale", shared.scale, {q.sym_size(0), keys}, "k's batch and keys ");
+  check_shape("token_rate", shared.rate, {probes, q.sym_size(0), keys}, "q_offset's probes and k's batch and keys ");
+  check_dtype("token_scale", shared.scale, real_of(q));
+  check_dtype("token_rate", shared.rate, real_of(q));
+}
+
 // Returns o, o's tangent and log-sum-exp, not yet written.
 Result prepare(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& q_tangent,
                const at::Tensor& k_tangent, const at::Tensor& v_tangent, std::optional<double> scale, bool causal) {
   const auto probes = check(q, k, v, q_tangent, k_tangent, v_tangent, scale, causal);
-  const at::ScalarType real = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return {empty_in_order_of(q, std::nullopt), empty_in_order_of(q, probes),
-          at::empty_symint({q.sym_size(0), q.sym_size(1), q.sym_size(2)}, q.options().dtype(real))};
+  return empty_results(q, probes);
+}
+
+Result prepare_shared(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& q_offset,
+                      const at::Tensor& k_offset, const at::Tensor& v_offset, const at::Tensor& token_scale,
+                      const at::Tensor& token_rate, const at::Tensor& q_tangent, const at::Tensor& k_tangent,
+                      const at::Tensor& v_tangent, std::optional<double> scale, bool causal) {
+  const auto probes = check(q, k, v, q_tangent, k_tangent, v_tangent, scale, causal, 0);
+  check({q_offset, k_offset, v_offset, token_scale, token_rate}, q, k, q_tangent);
+  return empty_results(q, q_offset.sym_size(0) + *probes);
 }
 
 double scale_or_default(std::optional<double> scale, const at::Tensor& q) {
   return scale.value_or(1 / std::sqrt(static_cast<double>(q.size(3))));
 }
 
+at::Tensor in_rows(const at::Tensor& tensor) { return tensor.stride(-1) == 1 ? tensor : tensor.contiguous(); }
+
+at::Tensor in_probes(const at::Tensor& tensor) { return tensor.dim() == 5 ? tensor : tensor.unsqueeze(0); }
+
 Result on_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& q_tangent,
               const at::Tensor& k_tangent, const at::Tensor& v_tangent, std::optional<double> scale, bool causal) {
   const Result result = prepare(q, k, v, q_tangent, k_tangent, v_tangent, scale, causal);
   const auto& [output, output_tangent, log_sum_exp] = result;
-  const auto in_rows = [](const at::Tensor& tensor) { return tensor.stride(-1) == 1 ? tensor : tensor.contiguous(); };
-  const auto in_probes = [](const at::Tensor& tensor) { return tensor.dim() == 5 ? tensor : tensor.unsqueeze(0); };
   if (output.numel() > 0) {
     cpu::flash_attention_jvp(in_rows(q), in_rows(k), in_rows(v), in_probes(in_rows(q_tangent)),
-                             in_probes(in_rows(k_tangent)), in_probes(in_rows(v_tangent)), scale_or_default(scale, q),
-                             causal, output, in_probes(output_tangent), log_sum_exp);
+                             in_probes(in_rows(k_tangent)), in_probes(in_rows(v_tangent)), std::nullopt,
+                             scale_or_default(scale, q), causal, output, in_probes(output_tangent), log_sum_exp);
+  }
+  return result;
+}
+
+Result shared_on_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& q_offset,
+                     const at::Tensor& k_offset, const at::Tensor& v_offset, const at::Tensor& token_scale,
+                     const at::Tensor& token_rate, const at::Tensor& q_tangent, const at::Tensor& k_tangent,
+                     const at::Tensor& v_tangent, std::optional<double> scale, bool causal) {
+  const Result result = prepare_shared(q, k, v, q_offset, k_offset, v_offset, token_scale, token_rate, q_tangent,
+                                       k_tangent, v_tangent, scale, causal);
+  const auto& [output, output_tangent, log_sum_exp] = result;
+  if (output.numel() > 0) {
+    const cpu::SharedTangents shared = {in_rows(q_offset).unsqueeze(1), in_rows(k_offset).unsqueeze(1),
+                                        in_rows(v_offset).unsqueeze(1).unsqueeze(3), token_scale.contiguous(),
+                                        token_rate.contiguous()};
+    cpu::flash_attention_jvp(in_rows(q), in_rows(k), in_rows(v), in_rows(q_tangent), in_rows(k_tangent),
+                             in_rows(v_tangent), shared, scale_or_default(scale, q), causal, output, output_tangent,
+                             log_sum_exp);
   }
   return result;
 }
@@ -144,15 +203,27 @@ TORCH_LIBRARY_FRAGMENT(sparsecod, m) {
       "flash_attention_jvp(Tensor q, Tensor k, Tensor v, Tensor q_tangent, Tensor k_tangent, Tensor v_tangent, "
       "float? scale=None, bool causal=True) -> (Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "flash_attention_jvp_shared(Tensor q, Tensor k, Tensor v, Tensor q_offset, Tensor k_offset, Tensor v_offset, "
+      "Tensor token_scale, Tensor token_rate, Tensor q_tangent, Tensor k_tangent, Tensor v_tangent, "
+      "float? scale=None, bool causal=True) -> (Tensor, Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(sparsecod, CPU, m) { m.impl("flash_attention_jvp", on_cpu); }
+TORCH_LIBRARY_IMPL(sparsecod, CPU, m) {
+  m.impl("flash_attention_jvp", on_cpu);
+  m.impl("flash_attention_jvp_shared", shared_on_cpu);
+}
 #if defined(SPARSECOD_CUDA)
 TORCH_LIBRARY_IMPL(sparsecod, CUDA, m) { m.impl("flash_attention_jvp", on_cuda); }
 #endif
-TORCH_LIBRARY_IMPL(sparsecod, Meta, m) { m.impl("flash_attention_jvp", prepare); }
+TORCH_LIBRARY_IMPL(sparsecod, Meta, m) {
+  m.impl("flash_attention_jvp", prepare);
+  m.impl("flash_attention_jvp_shared", prepare_shared);
+}
 TORCH_LIBRARY_IMPL(sparsecod, Autograd, m) {
   m.impl("flash_attention_jvp", torch::autograd::autogradNotImplementedFallback());
+  m.impl("flash_attention_jvp_shared", torch::autograd::autogradNotImplementedFallback());
 }
 
 }  // namespace sparsecod

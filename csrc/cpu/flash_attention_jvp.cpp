@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <utility>
 
 #include "../common/softmax.h"
@@ -40,12 +41,29 @@ struct Rows {
   }
 };
 
+// Tangents scale * offset + rate * x of x = q, k and v, by token; offsets of v are those of its first key for all keys.
+template <typename T, typename Real>
+struct SharedRows {
+  int64_t probes;  // the first of all; none of the rest is set if 0
+  Rows<T> q_offset, k_offset, v_offset;
+  const Real *scale, *rate;  // [B, S], [probes, B, S]
+
+  SharedRows(const std::optional<SharedTangents>& given, const at::Tensor& q)
+      : probes(given ? given->rate.size(0) : 0),
+        q_offset(given ? given->q_offset : q),
+        k_offset(given ? given->k_offset : q),
+        v_offset(given ? given->v_offset : q),
+        scale(given ? given->scale.const_data_ptr<Real>() : nullptr),
+        rate(given ? given->rate.const_data_ptr<Real>() : nullptr) {}
+};
+
 template <typename T>
 struct Problem {
   using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
   Rows<T> q, k, v, q_tangent, k_tangent, v_tangent, output, output_tangent;
+  SharedRows<T, Real> shared;
   Real* log_sum_exp;
-  int64_t probes, heads, group, queries, keys, head_dim;  // group: heads that share keys and values
+  int64_t probes, batch, heads, group, queries, keys, head_dim;  // group: heads that share keys and values
   Real scale;
   bool causal;
 
@@ -75,6 +93,7 @@ class Scratch {
                                                  {&tangent_mean, probes * QUERIES},
                                                  {&factor, QUERIES},
                                                  {&shift, QUERIES},
+                                                 {&scale_sum, QUERIES},
                                                  {&output, output_size},
                                                  {&output_tangent, probes * output_size}};
     constexpr int64_t LINE = 64 / sizeof(Real);
@@ -94,6 +113,7 @@ class Scratch {
   Real *score, *score_tangent;       // [KEYS, QUERIES], likewise; then weights
   Real *tangent_sum, *tangent_mean;  // [P, QUERIES]: SoftmaxTangent
   Real *factor, *shift;              // [QUERIES]: SoftmaxTangent::Change
+  Real* scale_sum;                   // [QUERIES]: sum p scale, of the scales of SharedTangents
   Real *output, *output_tangent;     // [QUERIES, pitch], [P, QUERIES, pitch]
   const int64_t pitch, q_size, output_size;
 
@@ -129,6 +149,7 @@ class Block {
       const Tile tile = {first_key, std::min(KEYS, seen - first_key),
                          problem_.blind(first_key, first_query_) / Product::COLUMNS * Product::COLUMNS};
       weigh(tile);
+      if (problem_.shared.probes > 0) add_scales(tile);
       for (int64_t probe = 0; probe < problem_.probes; ++probe) {
         weigh_tangent(tile, probe);
         add_tangent(tile, probe);
@@ -151,9 +172,15 @@ class Block {
   SPARSECOD_INLINE void start() {
     copy_queries(scratch_.q, problem_.q, 0);
     std::fill_n(scratch_.output, scratch_.output_size, Real{0});
+    std::fill_n(scratch_.scale_sum, QUERIES, Real{0});
     for (SoftmaxRow<V>& row : softmax_) row = SoftmaxRow<V>::empty();
     for (int64_t probe = 0; probe < problem_.probes; ++probe) {
-      copy_queries(scratch_.q_tangent + probe * scratch_.q_size, problem_.q_tangent, probe);
+      Real* const q_tangent = scratch_.q_tangent + probe * scratch_.q_size;
+      if (is_shared(probe)) {
+        make_shared_queries(q_tangent, probe);
+      } else {
+        copy_queries(q_tangent, problem_.q_tangent, probe - problem_.shared.probes);
+      }
     }
     std::fill_n(scratch_.output_tangent, problem_.probes * scratch_.output_size, Real{0});
     std::fill_n(scratch_.tangent_sum, problem_.probes * QUERIES, Real{0});
@@ -165,6 +192,41 @@ class Block {
     for (int64_t i = 0; i < problem_.head_dim; ++i, to += QUERIES) {
       for (int64_t row = 0; row < queries_; ++row) to[row] = static_cast<Real>(from[row * tensor.row_stride + i]);
       std::fill(to + queries_, to + QUERIES, Real{0});
+    }
+  }
+
+  SPARSECOD_INLINE bool is_shared(int64_t probe) const { return probe < problem_.shared.probes; }
+
+  // Rates of a shared probe from `token` on.
+  SPARSECOD_INLINE const Real* rates(int64_t probe, int64_t token) const {
+    return problem_.shared.rate + (probe * problem_.batch + batch_) * problem_.keys + token;
+  }
+
+  SPARSECOD_INLINE const Real* scales(int64_t token) const {
+    return problem_.shared.scale + batch_ * problem_.keys + token;
+  }
+
+  SPARSECOD_INLINE void make_shared_queries(Real* to, int64_t probe) const {
+    const Rows<T>& offsets = problem_.shared.q_offset;
+    const T* const from = offsets.row(0, head_, first_query_, probe);
+    const Real *const scale = scales(first_query_), *const rate = rates(probe, first_query_), *q = scratch_.q;
+    for (int64_t i = 0; i < problem_.head_dim; ++i, to += QUERIES, q += QUERIES) {
+      for (int64_t row = 0; row < queries_; ++row) {
+        to[row] = scale[row] * static_cast<Real>(from[row * offsets.row_stride + i]) + rate[row] * q[row];
+      }
+      std::fill(to + queries_, to + QUERIES, Real{0});
+    }
+  }
+
+  SPARSECOD_INLINE void make_shared_keys(Real* to, const Tile& tile, int64_t probe) const {
+    const Rows<T>& offsets = problem_.shared.k_offset;
+    const T* from = offsets.row(0, kv_head_, tile.first_key, probe);
+    const Real *const scale = scales(tile.first_key), *const rate = rates(probe, tile.first_key), *k = scratch_.k;
+    for (int64_t key = 0; key < tile.keys; ++key, to += problem_.head_dim, k += problem_.head_dim) {
+      for (int64_t i = 0; i < problem_.head_dim; ++i) {
+        to[i] = scale[key] * static_cast<Real>(from[i]) + rate[key] * k[i];
+      }
+      from += offsets.row_stride;
     }
   }
 
@@ -186,15 +248,15 @@ class Block {
     return {weights + tile.begin, 1, QUERIES, v, scratch_.pitch};
   }
 
-  // Sums products of queries and keys to scores, those of keys that a query does not see `hidden`.
+  // Sums products of queries and keys to scores, not yet scaled.
   template <size_t COUNT>
-  SPARSECOD_INLINE void score(Real* scores, const Factors<Real> (&factors)[COUNT], const Tile& tile,
-                              Real hidden) const {
+  SPARSECOD_INLINE void score(Real* scores, const Factors<Real> (&factors)[COUNT], const Tile& tile) const {
     Product::add(scores + tile.begin, QUERIES, factors, tile.keys, QUERIES - tile.begin, problem_.head_dim, true);
+  }
+
+  // Overwrites scores of keys that a query does not see.
+  SPARSECOD_INLINE void hide(Real* scores, const Tile& tile, Real hidden) const {
     for (int64_t key = 0; key < tile.keys; ++key, scores += QUERIES) {
-      for (int64_t i = tile.begin; i < QUERIES; i += N) {
-        Product::store(scores + i, Product::load(scores + i) * problem_.scale);
-      }
       std::fill_n(scores + tile.begin, problem_.blind(tile.first_key + key, first_query_) - tile.begin, hidden);
     }
   }
@@ -203,7 +265,13 @@ class Block {
   SPARSECOD_INLINE void weigh(const Tile& tile) {
     copy_keys(scratch_.k, problem_.head_dim, problem_.k, tile);
     copy_keys(scratch_.v, scratch_.pitch, problem_.v, tile);
-    score(scratch_.score, {score_of(tile, scratch_.q, scratch_.k)}, tile, -std::numeric_limits<Real>::infinity());
+    score(scratch_.score, {score_of(tile, scratch_.q, scratch_.k)}, tile);
+    for (int64_t at = 0; at < tile.keys * QUERIES; at += QUERIES) {
+      for (Real* score = scratch_.score + at + tile.begin; score < scratch_.score + at + QUERIES; score += N) {
+        Product::store(score, problem_.scale * Product::load(score));
+      }
+    }
+    hide(scratch_.score, tile, -std::numeric_limits<Real>::infinity());
     for (int64_t query = tile.begin; query < QUERIES; query += N) {
       SoftmaxRow<V>& row = softmax_[query / N];
       Real* const score = scratch_.score + query;
@@ -220,12 +288,29 @@ class Block {
     }
   }
 
-  // The same of one probe's tangents; and by how much what was accumulated shifts.
+  SPARSECOD_INLINE void add_scales(const Tile& tile) {
+    const Real* const scale = scales(tile.first_key);
+    for (int64_t query = tile.begin; query < QUERIES; query += N) {
+      V sum = Product::load(scratch_.factor + query) * Product::load(scratch_.scale_sum + query);
+      for (int64_t key = 0; key < tile.keys; ++key) {
+        sum += scale[key] * Product::load(scratch_.score + key * QUERIES + query);
+      }
+      Product::store(scratch_.scale_sum + query, sum);
+    }
+  }
+
+  // The same of one probe's tangents; and by how much what was accumulated shifts. What a shared probe's v' has of v
+  // joins s', for p (s' - c) v + p rate v = p (s' - c + rate) v.
   SPARSECOD_INLINE void weigh_tangent(const Tile& tile, int64_t probe) {
-    copy_keys(scratch_.k_tangent, problem_.head_dim, problem_.k_tangent, tile, probe);
+    if (is_shared(probe)) {
+      make_shared_keys(scratch_.k_tangent, tile, probe);
+    } else {
+      copy_keys(scratch_.k_tangent, problem_.head_dim, problem_.k_tangent, tile, probe - problem_.shared.probes);
+    }
     const Real* const q_tangent = scratch_.q_tangent + probe * scratch_.q_size;
     score(scratch_.score_tangent,
-          {score_of(tile, q_tangent, scratch_.k), score_of(tile, scratch_.q, scratch_.k_tangent)}, tile, Real{0});
+          {score_of(tile, q_tangent, scratch_.k), score_of(tile, scratch_.q, scratch_.k_tangent)}, tile);
+    hide(scratch_.score_tangent, tile, Real{0});
     for (int64_t query = tile.begin; query < QUERIES; query += N) {
       Real *const tangent_sum = scratch_.tangent_sum + probe * QUERIES + query,
                   *const tangent_mean = scratch_.tangent_mean + probe * QUERIES + query;
@@ -236,10 +321,12 @@ class Block {
       for (int64_t at = 0; at < tile.keys * QUERIES; at += QUERIES) {
         sum += Product::load(weight + at) * Product::load(score_tangent + at);
       }
-      const V shift = tangent.add(softmax_[query / N], Product::load(scratch_.factor + query), sum).shift;
-      for (int64_t at = 0; at < tile.keys * QUERIES; at += QUERIES) {
-        const V weighed = tangent.weigh(Product::load(weight + at), Product::load(score_tangent + at));
-        Product::store(score_tangent + at, weighed);
+      const V factor = Product::load(scratch_.factor + query);
+      const V shift = tangent.add(softmax_[query / N], factor, problem_.scale * sum).shift;
+      const Real* const rate = is_shared(probe) ? rates(probe, tile.first_key) : nullptr;
+      for (int64_t key = 0, at = 0; key < tile.keys; ++key, at += QUERIES) {
+        const V change = problem_.scale * Product::load(score_tangent + at) + (rate ? rate[key] : Real{0});
+        Product::store(score_tangent + at, tangent.weigh(Product::load(weight + at), change));
       }
       Product::store(scratch_.shift + query, shift);
       Product::store(tangent_sum, tangent.sum);
@@ -249,7 +336,6 @@ class Block {
 
   SPARSECOD_INLINE void add_tangent(const Tile& tile, int64_t probe) {
     const int64_t pitch = scratch_.pitch;
-    copy_keys(scratch_.v_tangent, pitch, problem_.v_tangent, tile, probe);
     Real* const output_tangent = scratch_.output_tangent + probe * scratch_.output_size;
     for (int64_t query = tile.begin; query < queries_; ++query) {
       const typename SoftmaxTangent<V>::Change change = {V{} + scratch_.factor[query], V{} + scratch_.shift[query]};
@@ -259,9 +345,18 @@ class Block {
       }
     }
     const Factors<Real> of_weight_tangents = output_of(tile, scratch_.score_tangent, scratch_.v);
-    const Factors<Real> of_value_tangents = output_of(tile, scratch_.score, scratch_.v_tangent);
-    Product::add(output_tangent + tile.begin * pitch, pitch, {of_weight_tangents, of_value_tangents},
-                 queries_ - tile.begin, pitch, tile.keys, false);
+    if (is_shared(probe)) {  // the offset of v' is the same for all keys: it is added at the end
+      add_output(output_tangent, {of_weight_tangents}, tile);
+    } else {
+      copy_keys(scratch_.v_tangent, pitch, problem_.v_tangent, tile, probe - problem_.shared.probes);
+      add_output(output_tangent, {of_weight_tangents, output_of(tile, scratch_.score, scratch_.v_tangent)}, tile);
+    }
+  }
+
+  template <size_t COUNT>
+  SPARSECOD_INLINE void add_output(Real* output, const Factors<Real> (&factors)[COUNT], const Tile& tile) const {
+    const int64_t pitch = scratch_.pitch;
+    Product::add(output + tile.begin * pitch, pitch, factors, queries_ - tile.begin, pitch, tile.keys, false);
   }
 
   SPARSECOD_INLINE void add(const Tile& tile) {
@@ -272,8 +367,7 @@ class Block {
         Product::store(scratch_.output + at, factor * Product::load(scratch_.output + at));
       }
     }
-    Product::add(scratch_.output + tile.begin * pitch, pitch, {output_of(tile, scratch_.score, scratch_.v)},
-                 queries_ - tile.begin, pitch, tile.keys, false);
+    add_output(scratch_.output, {output_of(tile, scratch_.score, scratch_.v)}, tile);
   }
 
   SPARSECOD_INLINE void write() const {
@@ -285,7 +379,14 @@ class Block {
       const SoftmaxRow<Real> row = {max[query % N], sum[query % N]};
       write(problem_.output, 0, query, row, scratch_.output);
       for (int64_t probe = 0; probe < problem_.probes; ++probe) {
-        write(problem_.output_tangent, probe, query, row, scratch_.output_tangent + probe * scratch_.output_size);
+        Real* const sums = scratch_.output_tangent + probe * scratch_.output_size;
+        if (is_shared(probe)) {
+          const T* const offset = problem_.shared.v_offset.row(0, kv_head_, 0, probe);
+          for (int64_t i = 0; i < problem_.head_dim; ++i) {
+            sums[query * scratch_.pitch + i] += scratch_.scale_sum[query] * static_cast<Real>(offset[i]);
+          }
+        }
+        write(problem_.output_tangent, probe, query, row, sums);
       }
       problem_.log_sum_exp[first_row + query] = row.log_sum_exp();
     }
@@ -312,7 +413,8 @@ struct AttendBlock {
 }  // namespace
 
 void flash_attention_jvp(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& q_tangent,
-                         const at::Tensor& k_tangent, const at::Tensor& v_tangent, double scale, bool causal,
+                         const at::Tensor& k_tangent, const at::Tensor& v_tangent,
+                         const std::optional<SharedTangents>& shared, double scale, bool causal,
                          const at::Tensor& output, const at::Tensor& output_tangent, const at::Tensor& log_sum_exp) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "flash_attention_jvp", [&] {
     using Real = typename Problem<scalar_t>::Real;
@@ -327,8 +429,10 @@ void flash_attention_jvp(const at::Tensor& q, const at::Tensor& k, const at::Ten
                                        Tensor(v_tangent),
                                        Tensor(output),
                                        Tensor(output_tangent),
+                                       SharedRows<scalar_t, Real>(shared, q),
                                        log_sum_exp.mutable_data_ptr<Real>(),
-                                       q_tangent.size(0),
+                                       output_tangent.size(0),
+                                       q.size(0),
                                        q.size(1),
                                        q.size(1) / k.size(1),
                                        q.size(2),

@@ -38,11 +38,19 @@ void attention_stats(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
                      at::ArrayRef<double> thresholds, bool causal, const at::Tensor& entropy,
                      const at::Tensor& counts);
 
+// Tangents of N probes of q, k and v: scale offset + rate x for x each of them.
+struct SharedTangents {
+  at::Tensor q_offset, k_offset, v_offset;  // [N, 1, H, S, D], [N, 1, H_kv, S, D], [N, 1, H_kv, 1, D]
+  at::Tensor scale, rate;                   // [B, S], [N, B, S], contiguous, of log_sum_exp's dtype
+};
+
 // q [B, H, T, D], k and v [B, H_kv, S, D] and their tangents, with probes [P, ...] in front -> output like q,
-// output_tangent like q_tangent, and log_sum_exp [B, H, T], contiguous, float64 for float64 and float32 else. None is
-// empty; the last dimension is contiguous, but for that strides are arbitrary.
+// output_tangent, of `shared` before those P, and log_sum_exp [B, H, T], contiguous, float64 for float64 and float32
+// else. None is empty but tangents that `shared` makes needless; the last dimension is contiguous, but for that strides
+// are arbitrary. S = T if there are `shared` tangents.
 void flash_attention_jvp(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& q_tangent,
-                         const at::Tensor& k_tangent, const at::Tensor& v_tangent, double scale, bool causal,
+                         const at::Tensor& k_tangent, const at::Tensor& v_tangent,
+                         const std::optional<SharedTangents>& shared, double scale, bool causal,
                          const at::Tensor& output, const at::Tensor& output_tangent, const at::Tensor& log_sum_exp);
 
 }  // namespace sparsecod::cpu

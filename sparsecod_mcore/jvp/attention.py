@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsecod_mcore.jvp.dual import Dual, gather_sequence
 from sparsecod_mcore.jvp.rules import jvp, unknown, unsupported
 from sparsecod_mcore.model.attention import SDPACoreAttention, zigzag_positions
-from sparsecod_mcore.ops import flash_attention_jvp
+from sparsecod_mcore.ops import SharedTangents, flash_attention_jvp, flash_attention_jvp_shared
 
 type Rotary = Tensor | tuple[Tensor, Tensor] | None
 
@@ -70,13 +70,17 @@ def _rotation(module: SelfAttention, angles_S11H: Tensor, dtype: torch.dtype) ->
 
 
 class Heads(NamedTuple):
-    """What core attention takes, queries [S, B, N, H], keys and values [S, B, G, H]; how the first two were rotated."""
+    """What core attention takes, queries [S, B, N, H], keys and values [S, B, G, H]; how the first two were rotated.
+
+    Tangents in `shared` come before the others.
+    """
 
     q: Dual
     k: Dual
     v: Dual
     of_q: Rotation | None
     of_k: Rotation | None
+    shared: SharedTangents | None = None
 
     def along(self, q_PSBNH: Tensor, k_PSBGH: Tensor, v_PSBGH: Tensor) -> "Heads":
         """The same with these tangents before its own."""
@@ -85,6 +89,13 @@ class Heads(NamedTuple):
             for first, x in ((q_PSBNH, self.q), (k_PSBGH, self.k), (v_PSBGH, self.v))
         )
         return Heads(q, k, v, self.of_q, self.of_k)
+
+    def written_out(self) -> "Heads":
+        """The same without `shared`, whose tangents are among the others."""
+        if self.shared is None:
+            return self
+        values = (x.value.permute(1, 2, 0, 3) for x in (self.q, self.k, self.v))
+        return self.along(*(tangents.permute(0, 3, 1, 2, 4) for tangents in self.shared.of(*values)))
 
 
 def heads(module: SelfAttention, x: Dual, rotary_pos_emb: Rotary) -> Heads:
@@ -107,7 +118,7 @@ def heads(module: SelfAttention, x: Dual, rotary_pos_emb: Rotary) -> Heads:
 
 def attend(module: SelfAttention, of: Heads) -> Dual:
     """What attention to these heads gives, [S, B, D]."""
-    return jvp(module.linear_proj, core_attention(module.core_attention, of.q, of.k, of.v, module.pg_collection.cp))
+    return jvp(module.linear_proj, core_attention(module.core_attention, of, module.pg_collection.cp))
 
 
 def split_heads(module: SelfAttention, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,24 +145,25 @@ def split_heads(module: SelfAttention, mixed: Tensor) -> tuple[Tensor, Tensor, T
 
 
 @singledispatch
-def core_attention(module: torch.nn.Module, q: Dual, k: Dual, v: Dual, context_parallel: dist.ProcessGroup) -> Dual:
-    """Context [S, B, N * H] of queries [S, B, N, H], keys and values [S, B, G, H]."""
+def core_attention(module: torch.nn.Module, of: Heads, context_parallel: dist.ProcessGroup) -> Dual:
+    """Context [S, B, N * H] of queries, keys and values."""
     raise unknown(module)
 
 
 @core_attention.register
-def _(module: SDPACoreAttention, q: Dual, k: Dual, v: Dual, context_parallel: dist.ProcessGroup) -> Dual:
-    return causal_attention(q, k, v, module.softmax_scale, context_parallel)
+def _(module: SDPACoreAttention, of: Heads, context_parallel: dist.ProcessGroup) -> Dual:
+    return causal_attention(of, module.softmax_scale, context_parallel)
 
 
-def causal_attention(q: Dual, k: Dual, v: Dual, scale: float | None, context_parallel: dist.ProcessGroup) -> Dual:
+def causal_attention(of: Heads, scale: float | None, context_parallel: dist.ProcessGroup) -> Dual:
     """Causal attention; under context parallelism keys and values of all ranks are gathered.
 
     A rank then holds two chunks of queries, zigzag, each of which sees the keys up to its own end.
     """
     ranks = context_parallel.size()
     if ranks == 1:
-        return _attend(q, k, v, scale)
+        return _attend(of.q, of.k, of.v, scale, of.shared)
+    q, k, v, *_ = of.written_out()
     length = q.value.shape[0] * ranks
     order_S = torch.cat([zigzag_positions(length, ranks, rank) for rank in range(ranks)]).argsort()
     order_S = order_S.to(q.value.device)
@@ -171,15 +183,19 @@ def _positions(x: Dual, positions: slice) -> Dual:
     return Dual(x.value[positions], x.tangents[:, positions])
 
 
-def _attend(q: Dual, k: Dual, v: Dual, scale: float | None) -> Dual:
+def _attend(q: Dual, k: Dual, v: Dual, scale: float | None, shared: SharedTangents | None = None) -> Dual:
     q_BNSH, k_BGTH, v_BGTH = (x.value.permute(1, 2, 0, 3) for x in (q, k, v))
-    if not len(q.tangents):  # which the operator does not take
+    q_PBNSH, k_PBGTH, v_PBGTH = (x.tangents.permute(0, 2, 3, 1, 4) for x in (q, k, v))
+    if shared is not None:
+        context_BNSH, tangents_PBNSH, _ = flash_attention_jvp_shared(
+            q_BNSH, k_BGTH, v_BGTH, shared, q_PBNSH, k_PBGTH, v_PBGTH, scale
+        )
+    elif len(q.tangents):
+        context_BNSH, tangents_PBNSH, _ = flash_attention_jvp(q_BNSH, k_BGTH, v_BGTH, q_PBNSH, k_PBGTH, v_PBGTH, scale)
+    else:  # which the operator does not take
         assert q_BNSH.shape[2] == k_BGTH.shape[2], "context parallelism always comes with tangents"
         context_BNSH = torch.nn.functional.scaled_dot_product_attention(
             q_BNSH, k_BGTH, v_BGTH, is_causal=True, scale=scale, enable_gqa=q_BNSH.shape[1] != k_BGTH.shape[1]
         )
-        context_SBE = context_BNSH.permute(2, 0, 1, 3).flatten(2)
-        return Dual(context_SBE, context_SBE.new_empty(0, *context_SBE.shape))
-    q_PBNSH, k_PBGTH, v_PBGTH = (x.tangents.permute(0, 2, 3, 1, 4) for x in (q, k, v))
-    context_BNSH, tangents_PBNSH, _ = flash_attention_jvp(q_BNSH, k_BGTH, v_BGTH, q_PBNSH, k_PBGTH, v_PBGTH, scale)
+        tangents_PBNSH = q_PBNSH
     return Dual(context_BNSH.permute(2, 0, 1, 3).flatten(2), tangents_PBNSH.permute(0, 3, 1, 2, 4).flatten(3))

@@ -73,11 +73,10 @@ def probe_branches(
     directions_PSBD = shared_PD[:, None, None].expand(-1, *hidden_SBD.shape)
     own_QSBD = directions_PSBD[:0] if own_QSBD is None else own_QSBD
     of = _heads(layer, Dual(hidden_SBD, own_QSBD), rotary_pos_emb)
-    shared = shared_tangents(layer, hidden_SBD, shared_PD, of)
-    if shared is None:
+    of = of._replace(shared=shared_tangents(layer, hidden_SBD, shared_PD, of))
+    if of.shared is None:
         q, k, v, *_ = _heads(layer, Dual(hidden_SBD, directions_PSBD), rotary_pos_emb)
-        shared = q.tangents, k.tangents, v.tangents
-    of = of.along(*shared)
+        of = of.along(q.tangents, k.tangents, v.tangents)
     stream = Dual(hidden_SBD, torch.cat([directions_PSBD, own_QSBD]))
     attention = added(layer.self_attn_bda, attend(layer.self_attention, of).to(hidden_SBD.dtype), stream)
     after = Dual(hidden_SBD + attention.value, stream.tangents.add_(attention.tangents))

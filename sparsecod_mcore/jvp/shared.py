@@ -15,6 +15,7 @@ from torch import Tensor
 from sparsecod_mcore.jvp.attention import Heads, Rotation, split_heads
 from sparsecod_mcore.jvp.dual import Dual, gather_sequence, plain
 from sparsecod_mcore.model.norm import RMSNorm, ScaledNorm
+from sparsecod_mcore.ops import SharedTangents
 
 
 @singledispatch
@@ -31,10 +32,8 @@ def _(projection: ColumnParallelLinear, norm: torch.nn.Module) -> tuple[Tensor, 
     return (norm.weight, norm.eps) if isinstance(norm, RMSNorm) else None
 
 
-def shared_tangents(
-    layer: TransformerLayer, hidden_SBD: Tensor, shared_PD: Tensor, of: Heads
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Tangents [P, S, B, ...] of the values in `of`, along directions shared by all tokens.
+def shared_tangents(layer: TransformerLayer, hidden_SBD: Tensor, shared_PD: Tensor, of: Heads) -> SharedTangents | None:
+    """Tangents of the values in `of`, along directions shared by all tokens.
 
     None where the layer's norm or projection is of another kind.
     """
@@ -48,19 +47,16 @@ def shared_tangents(
     x_SBD = hidden_SBD.to(torch.promote_types(hidden_SBD.dtype, torch.float32))
     r_SB = (x_SBD.square().mean(-1) + eps).rsqrt()
     c_PSB = r_SB.square() * (x_SBD @ shared_PD.to(x_SBD.dtype).T).movedim(-1, 0) / x_SBD.shape[-1]
-    scales = Dual(r_SB, c_PSB)
+    scales = Dual(r_SB, -c_PSB)
     if projection.sequence_parallel:
         scales = gather_sequence(scales, attention.pg_collection.tp)
-    scales = scales.to(of.q.value.dtype)
-    projected_PE = (shared_PD * weight_D.to(shared_PD.dtype)).to(of.q.value.dtype) @ plain(projection.weight).T
-    parts = split_heads(attention, projected_PE)
+    dtype = of.q.value.dtype
+    projected_PE = (shared_PD * weight_D.to(shared_PD.dtype)).to(dtype) @ plain(projection.weight).T
+    q_PNH, k_PGH, v_PGH = split_heads(attention, projected_PE)
 
-    def tangents(part_PNH: Tensor, value_SBNH: Tensor, rotation: Rotation | None) -> Tensor:
-        part_PS1NH = part_PNH[:, None, None].expand(-1, value_SBNH.shape[0], -1, -1, -1)
-        if rotation is not None:
-            part_PS1NH = rotation(part_PS1NH)
-        tangents_PSBNH = scales.value[..., None, None] * part_PS1NH
-        return tangents_PSBNH.addcmul_(scales.tangents[..., None, None], value_SBNH, value=-1)
+    def at_all_positions(part_PNH: Tensor, rotation: Rotation | None) -> Tensor:
+        part_PS1NH = part_PNH[:, None, None].expand(-1, len(of.q.value), -1, -1, -1)
+        return (part_PS1NH if rotation is None else rotation(part_PS1NH)).squeeze(2).transpose(1, 2)
 
-    q, k, v = map(tangents, parts, (of.q.value, of.k.value, of.v.value), (of.of_q, of.of_k, None))
-    return q, k, v
+    offsets = at_all_positions(q_PNH, of.of_q), at_all_positions(k_PGH, of.of_k), v_PGH
+    return SharedTangents(*offsets, *(x.mT.contiguous() for x in scales))

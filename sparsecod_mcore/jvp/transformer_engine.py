@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sparsecod_mcore.jvp.attention import causal_attention, core_attention
+from sparsecod_mcore.jvp.attention import Heads, causal_attention, core_attention
 from sparsecod_mcore.jvp.dual import Dual, all_reduce, gather_sequence, project, reduce_scatter_sequence
 from sparsecod_mcore.jvp.moe import experts, scale
 from sparsecod_mcore.jvp.rules import jvp, layer_norm, rms_norm, swiglu, unsupported
@@ -61,13 +61,13 @@ def _with_bias(y: Dual, bias: Tensor | None) -> Dual:
     return y if bias is None or bias.numel() == 0 else Dual(y.value + bias, y.tangents)
 
 
-def dot_product_attention(module: Any, q: Dual, k: Dual, v: Dual, context_parallel: dist.ProcessGroup) -> Dual:
+def dot_product_attention(module: Any, of: Heads, context_parallel: dist.ProcessGroup) -> Dual:
     """te.pytorch.DotProductAttention, with neither window nor sink."""
     if getattr(module, "window_size", None) not in (None, (-1, 0), (-1, -1)):
         raise unsupported(module, f"the window {module.window_size}")
     if getattr(module, "softmax_type", "vanilla") != "vanilla":
         raise unsupported(module, f"the softmax {module.softmax_type}")
-    return causal_attention(q, k, v, module.softmax_scale, context_parallel)
+    return causal_attention(of, module.softmax_scale, context_parallel)
 
 
 def grouped_mlp(module: Any, tokens: Dual, counts: list[int], gate: Dual) -> Dual:
