@@ -2,7 +2,7 @@
 
 RMSNorm n = r w x, r = (mean(x^2) + eps)^(-1/2), has along v the tangent r w v - c n with c = r^2 mean(x v). So after a
 projection y = W n and a rotation R by position, y' = r R W (w v) - c R y: one projection for each direction, not one
-for each token and direction.
+for each token and direction. Attention takes its tangents in that form.
 """
 
 from functools import singledispatch
