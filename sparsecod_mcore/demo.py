@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -40,14 +41,19 @@ def run_demo(corpus_path: str | None, tokenizer: Path | None) -> None:
     folder = Path("runs") / f"demo-{fingerprint(corpus, tokenizer, *configs)}"
     data, tokenizer = prepare(corpus, folder / "data", tokenizer, VOCABULARY_SIZE)
     unigram = unigram_perplexity(f"{data}_valid")
-    print("\ntraining both models")
-    run_side_by_side({name: _training(folder / name, config, data, tokenizer) for name, config in MODELS.items()})
+    print("\ntraining and scoring both models")
+    run_side_by_side({name: _work(folder / name, config, data, tokenizer) for name, config in MODELS.items()})
     for name in MODELS:
         _show(folder / name, unigram)
-    print("\nscoring both models")
-    _score(folder, data)
     print(f"\ncurves: .venv/bin/tensorboard --logdir {folder}")
     make_report([folder / name for name in MODELS], folder / "report.html")
+
+
+def _work(run: Path, config: Path, data: Path, tokenizer: Path) -> Iterator[list[str]]:
+    """Train a model, and score it if it has no scores, or those of earlier weights."""
+    yield _training(run, config, data, tokenizer)
+    if not _are_of_present_weights(run / "scores" / "scores.json", run):
+        yield _scoring(run, config, data)
 
 
 def _training(run: Path, config: Path, data: Path, tokenizer: Path) -> list[str]:
@@ -56,29 +62,19 @@ def _training(run: Path, config: Path, data: Path, tokenizer: Path) -> list[str]
     return [*command, "--cod-run-dir", str(run), "--full-validation"]
 
 
-def _score(folder: Path, data: Path) -> None:
-    """Score the models that have no scores, or those of earlier weights; show those of others."""
-    commands = {}
-    for name, config in MODELS.items():
-        scores = folder / name / "scores" / "scores.json"
-        if _are_of_present_weights(scores, folder / name):
-            print(f"\n{name}:\n{summary(read_scores(scores))}")
-        else:
-            commands[name] = _scoring(folder / name, config, data)
-    run_side_by_side(commands)
-
-
 def _scoring(run: Path, config: Path, data: Path) -> list[str]:
     """A few held-out sequences, of as many tokens for every model: enough to tell layers apart."""
-    settings = yaml.safe_load(config.read_text())
-    arguments = ["--model", str(run), "--data", str(data), "--out", str(run / "scores")]
-    arguments += ["--length", str(settings["seq_length"]), "--sequences", str(SCORED_TOKENS // settings["seq_length"])]
-    if "num_experts" in settings:
-        platform.prepare()
-        from sparsecod_mcore.scoring.registry import SCORES  # imports Megatron, which nothing else here waits for
-
-        arguments += ["--scores", ",".join(SCORES)]
-    return ["python", "tools/score_layers.py", *arguments]
+    length = yaml.safe_load(config.read_text())["seq_length"]
+    command = ["python", "tools/score_layers.py", "--model", str(run), "--data", str(data)]
+    return [
+        *command,
+        "--out",
+        str(run / "scores"),
+        "--length",
+        str(length),
+        "--sequences",
+        str(SCORED_TOKENS // length),
+    ]
 
 
 def _are_of_present_weights(scores: Path, run: Path) -> bool:
@@ -96,6 +92,7 @@ def _show(run: Path, unigram: float) -> None:
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     perplexity = [record["validation_perplexity"] for record in records if "validation_perplexity" in record][-1]
     print(f"\n{run.name}\n\n{variance_table(run)}\n\n{jacobian_table(run)}\n")
+    print(f"{summary(read_scores(run / 'scores' / 'scores.json'))}\n")
     print(
         f"{run.name}: validation perplexity {perplexity:.1f}; unigram perplexity of the same tokens {unigram:.1f}, "
         f"{unigram / perplexity:.1f} times as high"

@@ -16,33 +16,48 @@ _LOOK_EVERY = 0.2  # seconds
 _GRACE = 60.0  # seconds, in which training saves
 
 
-def run_side_by_side(commands: Mapping[str, Sequence[str]], grace: float = _GRACE) -> None:
-    """Run `commands`, which start with ``python``, at once; each line of theirs appears behind the command's name.
+def run_side_by_side(work: Mapping[str, Iterable[Sequence[str]]], grace: float = _GRACE) -> None:
+    """Run commands, which start with ``python``: those of one name one after another, beside those of other names.
 
-    They share this machine's cores. When one fails it is named, and this process ends with its exit code; then, and
-    when this process is told to end, the others are told so too, and killed if they have not after `grace` seconds.
+    Each line of theirs appears behind their name. A name's next command is asked for when the one before has ended. All
+    share this machine's cores. When one fails it is named, and this process ends with its exit code; then, and when
+    this process is told to end, the others are told so too, and killed if they have not after `grace` seconds.
     """
-    threads = max(1, len(os.sched_getaffinity(0)) // max(1, len(commands)))
-    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ  # torchrun would give one
-    width = max(map(len, commands), default=0)
+    rests = {name: iter(commands) for name, commands in work.items()}
+    width = max(map(len, rests), default=0)
     running: dict[str, subprocess.Popen[str]] = {}
-    relays = []
+    relays: dict[str, Thread] = {}
+
+    def advance(name: str) -> None:
+        running.pop(name, None)
+        if name in relays:
+            relays[name].join(1.0)  # what was said last; a child that lives on may keep the pipe open
+        command = next(rests[name], None)
+        if command is None:
+            del rests[name]
+            return
+        print(f"{name:{width}} $ {shlex.join(command)}", flush=True)
+        running[name] = _start(command, len(rests))
+        relays[name] = Thread(target=_relay, args=(f"{name:{width}} | ", running[name]), daemon=True)
+        relays[name].start()
+
     with leaving_on_sigterm():
         try:
-            for name, command in commands.items():
-                print(f"{name:{width}} $ {shlex.join(command)}", flush=True)
-                running[name] = _start(command, environment)
-                relays.append(Thread(target=_relay, args=(f"{name:{width}} | ", running[name]), daemon=True))
-                relays[-1].start()
-            _wait(running)
+            for name in list(rests):
+                advance(name)
+            while running:
+                for name in _ended(running):
+                    advance(name)
         finally:
             _end(running.values(), grace)
-            for relay in relays:
-                relay.join(1.0)  # what was said last; a child that lives on may keep the pipe open
+            for relay in relays.values():
+                relay.join(1.0)
 
 
-def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
-    """In a session of its own, which can be ended with all its children."""
+def _start(command: Sequence[str], at_once: int) -> subprocess.Popen[str]:
+    """In a session of its own, which can be ended with all its children; with its share of the cores."""
+    threads = max(1, len(os.sched_getaffinity(0)) // at_once)
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ  # torchrun would give one
     return subprocess.Popen(
         [sys.executable, *command[1:]],
         stdout=subprocess.PIPE,
@@ -61,21 +76,16 @@ def _relay(prefix: str, process: subprocess.Popen[str]) -> None:
         print(prefix + line.rstrip("\n"), flush=True)
 
 
-def _wait(running: Mapping[str, subprocess.Popen[str]]) -> None:
-    """Until all have ended, or one has failed."""
-    while waited_for := [process for process in running.values() if process.poll() is None]:
-        _refuse_failed(running)
-        with suppress(subprocess.TimeoutExpired):
-            waited_for[0].wait(_LOOK_EVERY)
-    _refuse_failed(running)
-
-
-def _refuse_failed(running: Mapping[str, subprocess.Popen[str]]) -> None:
+def _ended(running: Mapping[str, subprocess.Popen[str]]) -> list[str]:
+    """Names of those that have ended, waiting for the first a moment; refuses those that have failed."""
+    with suppress(subprocess.TimeoutExpired):
+        next(iter(running.values())).wait(_LOOK_EVERY)
     for name, process in running.items():
         if code := process.poll():
             how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
             print(f"error: {name} failed ({how})", file=sys.stderr, flush=True)
             sys.exit(code if code > 0 else 128 - code)
+    return [name for name, process in running.items() if process.returncode == 0]
 
 
 def _end(processes: Iterable[subprocess.Popen[str]], grace: float) -> None:

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +21,7 @@ IGNORES = ["python", "-c", "import signal, time; signal.signal(15, signal.SIG_IG
 def test_lines_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
-    run_side_by_side({"one": ["python", "-c", SAYS], "other": ["python", "-c", SAYS]})
+    run_side_by_side({"one": [["python", "-c", SAYS]], "other": [["python", "-c", SAYS]]})
     lines = capsys.readouterr().out.splitlines()
     assert {line.split(" -c ")[0] for line in lines if "$" in line} == {"one   $ python", "other $ python"}
     assert sorted(line for line in lines if "|" in line) == [
@@ -39,14 +41,14 @@ def test_when_one_fails_the_others_are_ended(
 ) -> None:
     began = time.monotonic()
     with pytest.raises(SystemExit) as end:
-        run_side_by_side({"fails": ["python", "-c", f"import os; {dies}"], "other": other}, grace=2.0)
+        run_side_by_side({"fails": [["python", "-c", f"import os; {dies}"]], "other": [other]}, grace=2.0)
     assert end.value.code == code and time.monotonic() - began < 30
     assert f"error: fails failed ({how})" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
 def test_what_ends_this_process_ends_the_commands(by: signal.Signals) -> None:
-    program = f"from sparsecod_mcore.side_by_side import run_side_by_side; run_side_by_side({{'one': {SLEEPS}}})"
+    program = f"from sparsecod_mcore.side_by_side import run_side_by_side; run_side_by_side({{'one': [{SLEEPS}]}})"
     words = [sys.executable, "-c", program]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as parent:
@@ -67,6 +69,25 @@ def _children(parent: int) -> list[int]:
                 return [int(number) for number in found]
         time.sleep(0.05)
     return []
+
+
+def test_the_next_command_of_a_name_is_asked_for_when_the_one_before_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
+    made = tmp_path / "made"
+    asked_for_when_made = []
+
+    def one_after_another() -> Iterator[list[str]]:
+        yield ["python", "-c", f"import time; time.sleep(0.5); open({str(made)!r}, 'w')"]
+        asked_for_when_made.append(made.exists())
+        yield ["python", "-c", SAYS]
+
+    run_side_by_side({"two": one_after_another(), "one": [["python", "-c", "print('first')"]], "none": []})
+    assert asked_for_when_made == [True]
+    said = [line for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert said == ["one  | first", "two  | a 6", "two  | \ufffd"]  # alone by then, with all cores
 
 
 def test_nothing_to_run() -> None:

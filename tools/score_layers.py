@@ -16,7 +16,7 @@ from sparsecod_mcore.errors import UserError, command_line
 platform.prepare()  # before anything imports Megatron
 
 from sparsecod_mcore.scoring.arguments import add_model_arguments  # noqa: E402
-from sparsecod_mcore.scoring.registry import DEFAULT_SCORES, SCORES  # noqa: E402
+from sparsecod_mcore.scoring.registry import SCORES  # noqa: E402
 from sparsecod_mcore.scoring.run import Request, score_and_show  # noqa: E402
 from sparsecod_mcore.scoring.score import Options  # noqa: E402
 
@@ -32,12 +32,7 @@ def main() -> None:
         help=".npy of tokens [sequences, length + 1], or what tools/preprocess_data.py --output made",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
-    parser.add_argument(
-        "--scores",
-        default=",".join(DEFAULT_SCORES),
-        metavar="NAME,…",
-        help=f"of {', '.join(SCORES)} (default: %(default)s)",
-    )
+    parser.add_argument("--scores", metavar="NAME,…", help=f"of {', '.join(SCORES)} (default: all that the model has)")
     parser.add_argument(
         "--sequences", type=int, metavar="N", help="the first N (default: 64 of a dataset, all of .npy)"
     )
@@ -62,7 +57,7 @@ def main() -> None:
         Request(
             model=arguments.model,
             data=arguments.data,
-            names=[name for name in arguments.scores.split(",") if name],
+            names=None if arguments.scores is None else [name for name in arguments.scores.split(",") if name],
             out=arguments.out,
             sequences=arguments.sequences,
             length=arguments.length,

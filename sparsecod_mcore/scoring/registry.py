@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from megatron.core.transformer.moe.moe_layer import MoELayer
+
 from sparsecod_mcore.errors import UserError, nearest
 from sparsecod_mcore.scoring.at_rest import AttentionScore, MomentsScore, WeightSparsityScore
 from sparsecod_mcore.scoring.causal import CausalScore
@@ -32,7 +34,7 @@ SCORES: dict[str, type[Score]] = {
         MoEScore,
     )
 }
-DEFAULT_SCORES = tuple(name for name in SCORES if name != MoEScore.name)  # which not every model has
+DEFAULT_SCORES = tuple(name for name in SCORES if name != MoEScore.name)  # what every model has
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -42,6 +44,11 @@ def check_names(names: Sequence[str]) -> None:
             raise UserError(f"{name!r} is no score{nearest(name, SCORES)}; {', '.join(SCORES)} are")
     if not names:
         raise UserError(f"no score is named; {', '.join(SCORES)} are known")
+
+
+def names_for(stack: Stack) -> Sequence[str]:
+    """All that this model has."""
+    return tuple(SCORES) if any(isinstance(layer.mlp, MoELayer) for layer in stack.layers) else DEFAULT_SCORES
 
 
 def make_scores(names: Sequence[str], stack: Stack, options: Options) -> list[Score]:

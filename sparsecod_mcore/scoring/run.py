@@ -19,7 +19,7 @@ from sparsecod_mcore.scoring.engine import Engine, Unchanged
 from sparsecod_mcore.scoring.interventions import by_first
 from sparsecod_mcore.scoring.plan import Plan, make_plan
 from sparsecod_mcore.scoring.provenance import provenance_of
-from sparsecod_mcore.scoring.registry import check_names, make_scores
+from sparsecod_mcore.scoring.registry import check_names, make_scores, names_for
 from sparsecod_mcore.scoring.results import Provenance, Scores, write_scores
 from sparsecod_mcore.scoring.score import Measured, Options, Score
 from sparsecod_mcore.scoring.sequences import check_sequences, load_sequences
@@ -36,7 +36,7 @@ class Request:
 
     model: str
     data: str
-    names: Sequence[str]
+    names: Sequence[str] | None  # None: all that the model has
     out: Path
     sequences: int | None = None
     length: int | None = None
@@ -53,7 +53,8 @@ def score_model(request: Request, *, draw: bool = False) -> Scores:
     After an interruption the same call runs all again but the interventions that were recorded.
     Collective under torchrun. Raises `UserError` for what the user can mend, before anything is computed.
     """
-    check_names(request.names)
+    if request.names is not None:
+        check_names(request.names)
     if request.options.jacobian_sequences < 1:
         raise UserError(
             f"Jacobians of {request.options.jacobian_sequences} sequences are asked for; 1 or more are accepted"
@@ -63,13 +64,14 @@ def score_model(request: Request, *, draw: bool = False) -> Scores:
     tokens = check_sequences(tokens_NT, stack, request.data)
     if stack.num_layers < 2:
         raise UserError(f"{request.model} has one layer; scores compare layers, so two or more are needed")
-    scores = make_scores(request.names, stack, request.options)
+    names = names_for(stack) if request.names is None else request.names
+    scores = make_scores(names, stack, request.options)
     plan = make_plan(stack, scores, len(tokens), tokens.shape[1] - 1, request.budget)
     work = request.out / "unfinished"
     with ExitStack() as held:
         parallel.from_first(lambda: held.enter_context(alone_in(work)))
-        provenance = parallel.from_first(lambda: _provenance(request, stack, tokens_NT))
-        files: WorkFiles[UnitSums] = WorkFiles(work, _fingerprint(request, plan, provenance))
+        provenance = parallel.from_first(lambda: _provenance(request, names, stack, tokens_NT))
+        files: WorkFiles[UnitSums] = WorkFiles(work, _fingerprint(request, names, plan, provenance))
         measured = _measure(stack, tokens, plan, scores, files)
         found = Scores(
             provenance=provenance,
@@ -96,10 +98,10 @@ def _measure(
     return measured
 
 
-def _provenance(request: Request, stack: Stack, tokens_NT: NDArray[np.int64]) -> Provenance:
+def _provenance(request: Request, names: Sequence[str], stack: Stack, tokens_NT: NDArray[np.int64]) -> Provenance:
     given = request.options
     options: dict[str, str] = {"compat": given.compat, "pairs": _count_of("sample", given.sampled_pairs)}
-    if "jacobian" in request.names:
+    if "jacobian" in names:
         options |= {"jacobian_sequences": str(min(given.jacobian_sequences, len(tokens_NT)))}
         options |= {"jacobian": _count_of("probes", given.jacobian_probes)}
     return provenance_of(
@@ -118,9 +120,9 @@ def _count_of(kind: str, count: int | None) -> str:
     return "all" if count is None else f"{kind}:{count}"
 
 
-def _fingerprint(request: Request, plan: Plan, provenance: Provenance) -> str:
+def _fingerprint(request: Request, names: Sequence[str], plan: Plan, provenance: Provenance) -> str:
     """Of what a unit's figures depend on."""
-    layout = {"tensor": request.tensor, "expert": request.expert, "scores": sorted(request.names)}
+    layout = {"tensor": request.tensor, "expert": request.expert, "scores": sorted(names)}
     made_from: list[Any] = [asdict(plan), asdict(replace(provenance, model="", data=None)), layout]
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
