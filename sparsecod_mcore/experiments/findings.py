@@ -71,12 +71,16 @@ def _spread(sample: Sequence[float]) -> str:
     return f"{fmean(sample):.4g} ± {stdev(sample):.2g}" if len(sample) > 1 else f"{sample[0]:.4g}"
 
 
-def save_answer(answer: Answer, title: str, folder: Path) -> Path:
-    """Write an answer with its figure, and report.md, which is all answers of `folder` in the questions' order."""
+def save_answer(answer: Answer, title: str, commands: str, folder: Path) -> Path:
+    """Write an answer with its figure and the shell's `commands` that lead to it.
+
+    Returns report.md, which is all answers of `folder` in the questions' order.
+    """
     make_folder(folder)
     name = answer.question.name
     _figure(answer, folder / name)
-    write_atomically(folder / f"{name}.md", f"{table_of(answer)}\n\n![{name}]({name}.png)\n".encode())
+    text = f"{table_of(answer)}\n\n![{name}]({name}.png)\n\n```bash\n{commands}\n```\n"
+    write_atomically(folder / f"{name}.md", text.encode())
     parts = [folder / f"{other}.md" for other in QUESTIONS if (folder / f"{other}.md").exists()]
     report = folder / "report.md"
     text = "\n".join([f"# {title}\n\n{LEGEND}\n", *(part.read_text() for part in parts)])

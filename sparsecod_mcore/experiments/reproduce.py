@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sparsecod_mcore import platform
@@ -10,6 +11,7 @@ from sparsecod_mcore.data.prepare import fingerprint, prepare
 from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.experiments.collect import collect
 from sparsecod_mcore.experiments.findings import LEGEND, Answer, answer_of, save_answer, table_of
+from sparsecod_mcore.experiments.launch import scoring_command
 from sparsecod_mcore.experiments.questions import Question, question_of, runs_of
 from sparsecod_mcore.experiments.runs import Run, settings_of
 from sparsecod_mcore.experiments.sizes import SEEDS, Size
@@ -43,9 +45,11 @@ def reproduce(
         print(f"\n{question.name}: {question.asks}", flush=True)
         sweep = _sweep(question, size, folder, data, tokenizer)
         tasks = {label: _tasks(run, size, seeds) for label, run in question.runs.items()}
-        run_tasks(sweep, [task for group in tasks.values() for task in group])
+        every = [task for group in tasks.values() for task in group]
+        run_tasks(sweep, every)
         answers.append(_answer(question, sweep, tasks))
-        report = save_answer(answers[-1], _title(size, seeds), folder / "report")
+        commands = _commands(question, size, seeds, sweep, every)
+        report = save_answer(answers[-1], _title(size, seeds), commands, folder / "report")
         print(f"\n{table_of(answers[-1])}\n\n{LEGEND}\n{report}", flush=True)
     return answers
 
@@ -53,6 +57,24 @@ def reproduce(
 def _title(size: Size, seeds: Sequence[int]) -> str:
     of_seeds = ", ".join(map(str, seeds))
     return f"The paper's questions at size {size.name} (make reproduce SIZE={size.name}), seeds {of_seeds}"
+
+
+def _commands(question: Question, size: Size, seeds: Sequence[int], sweep: Sweep, tasks: Sequence[Task]) -> str:
+    """How to ask the question again, or what that runs one by one, for a shell in the repository."""
+    names = " ".join(dict.fromkeys(task.config for task in tasks))
+    every = replace(tasks[0], name="$run-seed=$seed")
+    config = f"examples/configs/{size.name}/$run.yaml"
+    training = f"--config {config} --seed $seed --cod-data {sweep.data} --cod-tokenizer {sweep.tokenizer}"
+    return "\n".join(
+        [
+            f"make reproduce SIZE={size.name} QUESTION={question.name}",
+            "# or its runs by hand, two of them side by side on two cores:",
+            f"for run in {names}; do for seed in {' '.join(map(str, seeds))}; do",
+            f"  .venv/bin/python examples/pretrain_cod.py {training} --cod-run-dir {sweep.out}/{every.name}",
+            f"  .venv/bin/python tools/score_layers.py {' '.join(scoring_command(sweep, every)[2:])}",
+            "done; done",
+        ]
+    )
 
 
 def _sweep(question: Question, size: Size, folder: Path, data: Path, tokenizer: Path) -> Sweep:

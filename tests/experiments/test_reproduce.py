@@ -41,7 +41,10 @@ def test_a_question_is_answered_and_not_asked_twice(
     for measure in ("last_layer_variance", "perplexity", "causal", "permutation", "usefulness", "attention_entropy"):
         assert dense[measure] is not None and dense[measure] >= 0, measure
     assert [finding.verdict for finding in answer.findings] == ["not at this size"] * 5  # one seed tells nothing
-    assert "| dense |" in (folder / "report" / "report.md").read_text()
+    report = (folder / "report" / "report.md").read_text()
+    assert "| dense |" in report
+    assert "make reproduce SIZE=tiny QUESTION=mixture_of_experts\n" in report
+    assert f"--model runs/{folder.name}/$run-seed=$seed --data runs/{folder.name}/data/text" in report
     written = (folder / rows[0]["run"] / "log.jsonl").stat().st_mtime_ns
     capsys.readouterr()
     reproduce(TINY, ["mixture_of_experts"], corpus_path=f"{corpora}/*.txt", seeds=[1])

@@ -74,9 +74,11 @@ def test_the_report_says_what_was_found(tmp_path: Path) -> None:
     }
     unmeasured = {label: [nothing] for label in ("4", "8", "16")}
     answer = answer_of(question, rows)
-    report = save_answer(answer, "At size micro", tmp_path).read_text()
-    save_answer(answer_of(question_of("depth_control", SIZES["micro"]), unmeasured), "At size micro", tmp_path)
-    assert report.startswith("# At size micro") and table_of(answer) in report
+    report = save_answer(answer, "At size micro", "make it", tmp_path).read_text()
+    save_answer(
+        answer_of(question_of("depth_control", SIZES["micro"]), unmeasured), "At size micro", "make it", tmp_path
+    )
+    assert report.startswith("# At size micro") and table_of(answer) in report and "```bash\nmake it\n```" in report
     both = (tmp_path / "report.md").read_text()
     assert both.index("## depth_control") < both.index("## mixture_of_experts")
     assert "| dense | 51 ± 1 | 20 ± 0 | n/a | n/a | n/a |" in report
