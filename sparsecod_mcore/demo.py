@@ -10,6 +10,7 @@ import yaml
 from sparsecod_mcore import platform
 from sparsecod_mcore.data import Corpus, DocstringCorpus, FileCorpus, unigram_perplexity
 from sparsecod_mcore.data.prepare import fingerprint, prepare
+from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.report.figures import save_variance_figure
 from sparsecod_mcore.report.page.command import make_report
 from sparsecod_mcore.report.tables import jacobian_table, variance_table
@@ -78,13 +79,16 @@ def _scoring(run: Path, config: Path, data: Path) -> list[str]:
 
 
 def _are_of_present_weights(scores: Path, run: Path) -> bool:
-    """Whether there are scores, and of the checkpoint that the run has now: it may have been trained on since."""
+    """Whether there are scores that can be read, and of the checkpoint that the run has now, not of an earlier one."""
     if not scores.exists():
         return False
     platform.prepare()
     from sparsecod_mcore.scoring.stack import model_files  # imports Megatron, which nothing else here waits for
 
-    return read_scores(scores).provenance.model_sha256 == hash_files(model_files(run))
+    try:
+        return read_scores(scores).provenance.model_sha256 == hash_files(model_files(run))
+    except UserError:
+        return False
 
 
 def _show(run: Path, unigram: float) -> None:

@@ -28,26 +28,24 @@ def run_side_by_side(work: Mapping[str, Iterable[Sequence[str]]], grace: float =
     running: dict[str, subprocess.Popen[str]] = {}
     relays: dict[str, Thread] = {}
 
-    def advance(name: str) -> None:
-        running.pop(name, None)
-        if name in relays:
-            relays[name].join(1.0)  # what was said last; a child that lives on may keep the pipe open
-        command = next(rests[name], None)
-        if command is None:
-            del rests[name]
-            return
-        print(f"{name:{width}} $ {shlex.join(command)}", flush=True)
-        running[name] = _start(command, len(rests))
-        relays[name] = Thread(target=_relay, args=(f"{name:{width}} | ", running[name]), daemon=True)
-        relays[name].start()
+    def advance(names: Iterable[str]) -> None:
+        following = {name: command for name in names if (command := next(rests[name], None)) is not None}
+        at_once = len(running) + len(following)
+        for name, command in following.items():
+            print(f"{name:{width}} $ {shlex.join(command)}", flush=True)
+            running[name] = _start(command, at_once)
+            relays[name] = Thread(target=_relay, args=(f"{name:{width}} | ", running[name]), daemon=True)
+            relays[name].start()
 
     with leaving_on_sigterm():
         try:
-            for name in list(rests):
-                advance(name)
+            advance(rests)
             while running:
-                for name in _ended(running):
-                    advance(name)
+                ended = _ended(running)
+                for name in ended:
+                    _kill_what_is_left_of(running.pop(name))
+                    relays[name].join(1.0)  # what was said last
+                advance(ended)
         finally:
             _end(running.values(), grace)
             for relay in relays.values():
@@ -100,5 +98,10 @@ def _end(processes: Iterable[subprocess.Popen[str]], grace: float) -> None:
                 process.wait(max(0.0, until - time.monotonic()))
     finally:
         for process in processes:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+            _kill_what_is_left_of(process)
+
+
+def _kill_what_is_left_of(process: subprocess.Popen[str]) -> None:
+    """Its children may have stayed behind."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)

@@ -30,6 +30,8 @@ def test_scores_of_other_weights_are_out_of_date(tmp_path: Path) -> None:
     assert demo._are_of_present_weights(scores, model)
     weights.write_bytes(b"as they are")
     assert not demo._are_of_present_weights(scores, model)
+    scores.write_text("{}")
+    assert not demo._are_of_present_weights(scores, model)
 
 
 def test_both_models_are_trained_scored_and_compared(

@@ -76,18 +76,42 @@ def test_the_next_command_of_a_name_is_asked_for_when_the_one_before_has_ended(
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
-    made = tmp_path / "made"
-    asked_for_when_made = []
+    over = tmp_path / "over"  # which the other leaves
+    wait = f"import os, time\nwhile not os.path.exists({str(over)!r}): time.sleep(0.1)\ntime.sleep(1)\n{SAYS}"
+    asked_for = []
 
     def one_after_another() -> Iterator[list[str]]:
-        yield ["python", "-c", f"import time; time.sleep(0.5); open({str(made)!r}, 'w')"]
-        asked_for_when_made.append(made.exists())
+        yield ["python", "-c", wait]
+        asked_for.append(over.exists())
         yield ["python", "-c", SAYS]
 
-    run_side_by_side({"two": one_after_another(), "one": [["python", "-c", "print('first')"]], "none": []})
-    assert asked_for_when_made == [True]
+    leave = f"print('first'); open({str(over)!r}, 'w')"
+    run_side_by_side({"none": [], "two": one_after_another(), "one": [["python", "-c", leave]]})
+    assert asked_for == [True]
     said = [line for line in capsys.readouterr().out.splitlines() if "|" in line]
-    assert said == ["one  | first", "two  | a 6", "two  | \ufffd"]  # alone by then, with all cores
+    assert said == ["one  | first", "two  | a 3", "two  | \ufffd", "two  | a 6", "two  | \ufffd"]  # alone at the end
+
+
+def test_children_that_stay_behind_are_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    program = f"import subprocess, sys; print(subprocess.Popen([sys.executable, *{SLEEPS[1:]}]).pid, flush=True)"
+    began = time.monotonic()
+    run_side_by_side({"parent": [["python", "-c", program]]})
+    assert time.monotonic() - began < 30
+    [child] = [
+        int(line.split("|")[1]) for line in capsys.readouterr().out.splitlines() if line.split("|")[-1][1:].isdigit()
+    ]
+    until = time.monotonic() + 10
+    while _runs(child) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not _runs(child)
+
+
+def _runs(process: int) -> bool:
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rsplit(")")[-1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_nothing_to_run() -> None:

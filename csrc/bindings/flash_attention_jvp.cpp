@@ -100,8 +100,12 @@ void check(const cpu::SharedTangents& shared, const at::Tensor& q, const at::Ten
   check_like("v_offset", shared.v_offset, "q", q);
   check_shape("token_scale", shared.scale, {q.sym_size(0), keys}, "k's batch and keys ");
   check_shape("token_rate", shared.rate, {probes, q.sym_size(0), keys}, "q_offset's probes and k's batch and keys ");
-  check_dtype("token_scale", shared.scale, real_of(q));
-  check_dtype("token_rate", shared.rate, real_of(q));
+  for (const auto& [argument, of_tokens] :
+       {std::pair("token_scale", shared.scale), std::pair("token_rate", shared.rate)}) {
+    check_dtype(argument, of_tokens, real_of(q));
+    TORCH_CHECK_VALUE(of_tokens.device() == q.device(), argument, " is on ", of_tokens.device(),
+                      ", but must be on q's device ", q.device());
+  }
 }
 
 // Returns o, o's tangent and log-sum-exp, not yet written.

@@ -1,6 +1,7 @@
 """``make reproduce``: the paper's questions at a size that this machine answers, scored, and held against the paper."""
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,7 @@ def reproduce(
         raise UserError(f"size {size.name} is for a GPU, and this machine has none; micro is for CPUs")
     corpus: Corpus = DocstringCorpus() if corpus_path is None else FileCorpus([os.path.abspath(corpus_path)])
     folder = runs / f"reproduce-{size.name}-{fingerprint(corpus, tokenizer, repr(size))}"
+    asking = _asking(size, corpus_path, tokenizer, seeds)
     data, tokenizer = prepare(corpus, folder / "data", tokenizer, size.vocabulary)
     answers = []
     for question in questions:
@@ -48,7 +50,8 @@ def reproduce(
         every = [task for group in tasks.values() for task in group]
         run_tasks(sweep, every)
         answers.append(_answer(question, sweep, tasks))
-        commands = _commands(question, size, seeds, sweep, every)
+        again = [*asking, "--question", question.name]
+        commands = _commands(again, size, seeds, sweep, every)
         report = save_answer(answers[-1], _title(size, seeds), commands, folder / "report")
         print(f"\n{table_of(answers[-1])}\n\n{LEGEND}\n{report}", flush=True)
     return answers
@@ -59,15 +62,25 @@ def _title(size: Size, seeds: Sequence[int]) -> str:
     return f"The paper's questions at size {size.name} (make reproduce SIZE={size.name}), seeds {of_seeds}"
 
 
-def _commands(question: Question, size: Size, seeds: Sequence[int], sweep: Sweep, tasks: Sequence[Task]) -> str:
-    """How to ask the question again, or what that runs one by one, for a shell in the repository."""
+def _asking(size: Size, corpus_path: str | None, tokenizer: Path | None, seeds: Sequence[int]) -> list[str]:
+    """The command of a call of `reproduce`, but for its questions."""
+    command = [".venv/bin/python", "tools/reproduce.py", "--size", size.name]
+    if corpus_path is not None:
+        command += ["--corpus", corpus_path]
+    if tokenizer is not None:
+        command += ["--tokenizer", str(tokenizer)]
+    return command if tuple(seeds) == SEEDS else [*command, "--seeds", str(len(seeds))]
+
+
+def _commands(again: Sequence[str], size: Size, seeds: Sequence[int], sweep: Sweep, tasks: Sequence[Task]) -> str:
+    """How to ask a question again, or what that runs one by one, for a shell in the repository."""
     names = " ".join(dict.fromkeys(task.config for task in tasks))
     every = replace(tasks[0], name="$run-seed=$seed")
     config = f"examples/configs/{size.name}/$run.yaml"
     training = f"--config {config} --seed $seed --cod-data {sweep.data} --cod-tokenizer {sweep.tokenizer}"
     return "\n".join(
         [
-            f"make reproduce SIZE={size.name} QUESTION={question.name}",
+            shlex.join(again),
             "# or its runs by hand, two of them side by side on two cores:",
             f"for run in {names}; do for seed in {' '.join(map(str, seeds))}; do",
             f"  .venv/bin/python examples/pretrain_cod.py {training} --cod-run-dir {sweep.out}/{every.name}",

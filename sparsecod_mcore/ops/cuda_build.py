@@ -13,7 +13,8 @@ from sparsecod_mcore import _C
 ALLOW_FALLBACK = "SPARSECOD_FALLBACK"
 
 
-def _without_values(x: Tensor) -> Tensor:
+def without_values(x: Tensor) -> Tensor:
+    """The same on the meta device, where operators check their arguments and do nothing."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
@@ -39,7 +40,7 @@ def register_cuda_fallback(operator: str, reference: Callable[..., Any]) -> None
                 f"sparsecod::{operator} was given CUDA tensors, but the extension was built without CUDA: build it "
                 f"with SPARSECOD_CUDA=on where nvcc is, or set {ALLOW_FALLBACK}=1 for the slower PyTorch reference"
             )
-        meta_args, meta_kwargs = tree_map_only(torch.Tensor, _without_values, (args, kwargs))
+        meta_args, meta_kwargs = tree_map_only(torch.Tensor, without_values, (args, kwargs))
         layouts = getattr(torch.ops.sparsecod, operator).default(*meta_args, **meta_kwargs)
         return tree_map(_laid_out_like, reference(*args, **kwargs), layouts)
 

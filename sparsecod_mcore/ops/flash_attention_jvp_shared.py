@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsecod_mcore.ops.cuda_build import without_values
 from sparsecod_mcore.ops.flash_attention_jvp import flash_attention_jvp
 
 _OPERATOR = torch.ops.sparsecod.flash_attention_jvp_shared.default
-_DEVICES = ("cpu", "meta")  # which have a kernel
 
 
 class SharedTangents(NamedTuple):
@@ -32,7 +32,7 @@ class SharedTangents(NamedTuple):
         offsets = self.q_offset[:, None], self.k_offset[:, None], self.v_offset[:, None, :, None]
         pairs = zip(offsets, (q, k, v), strict=True)
         q_tangent, k_tangent, v_tangent = (
-            torch.addcmul(scale_B1S1 * offset, rate_NB1S1, x).to(x.dtype) for offset, x in pairs
+            (scale_B1S1 * offset).addcmul_(rate_NB1S1, x).to(x.dtype) for offset, x in pairs
         )
         return q_tangent, k_tangent, v_tangent
 
@@ -54,7 +54,7 @@ def flash_attention_jvp_shared(
 
         o' = sum_j p_j (s'_j + r_j) v_j - (sum_j p_j s'_j) o + (sum_j p_j a_j) u.
 
-    Elsewhere they are made, and `flash_attention_jvp` is called.
+    On CUDA they are written out for `flash_attention_jvp`.
 
     Args:
         q: [B, H, T, D], as `flash_attention_jvp` takes it, and so are k and v, [B, H_kv, S, D], with S = T.
@@ -73,8 +73,30 @@ def flash_attention_jvp_shared(
     Raises:
         ValueError: names the argument that does not fit, what was given and what is accepted.
     """
-    if q.device.type in _DEVICES:
-        return _OPERATOR(q, k, v, *shared, q_tangent, k_tangent, v_tangent, scale, causal)
-    given = zip(shared.of(q, k, v), (q_tangent, k_tangent, v_tangent), strict=True)
-    all_q, all_k, all_v = (torch.cat(pair) for pair in given)
+    return _OPERATOR(q, k, v, *shared, q_tangent, k_tangent, v_tangent, scale, causal)
+
+
+def flash_attention_jvp_written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offset: Tensor,
+    k_offset: Tensor,
+    v_offset: Tensor,
+    token_scale: Tensor,
+    token_rate: Tensor,
+    q_tangent: Tensor,
+    k_tangent: Tensor,
+    v_tangent: Tensor,
+    scale: float | None = None,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`flash_attention_jvp_shared` by way of `flash_attention_jvp`, for devices without a kernel; takes its schema."""
+    shared = SharedTangents(q_offset, k_offset, v_offset, token_scale, token_rate)
+    others = (q_tangent, k_tangent, v_tangent)
+    _OPERATOR(*(without_values(x) for x in (q, k, v, *shared, *others)), scale, causal)  # checks arguments
+    all_q, all_k, all_v = (torch.cat(pair) for pair in zip(shared.of(q, k, v), others, strict=True))
     return flash_attention_jvp(q, k, v, all_q, all_k, all_v, scale, causal)
+
+
+torch.library.impl("sparsecod::flash_attention_jvp_shared", "CUDA")(flash_attention_jvp_written_out)

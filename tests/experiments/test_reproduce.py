@@ -43,7 +43,7 @@ def test_a_question_is_answered_and_not_asked_twice(
     assert [finding.verdict for finding in answer.findings] == ["not at this size"] * 5  # one seed tells nothing
     report = (folder / "report" / "report.md").read_text()
     assert "| dense |" in report
-    assert "make reproduce SIZE=tiny QUESTION=mixture_of_experts\n" in report
+    assert f"--size tiny --corpus '{corpora}/*.txt' --seeds 1 --question mixture_of_experts\n" in report
     assert f"--model runs/{folder.name}/$run-seed=$seed --data runs/{folder.name}/data/text" in report
     written = (folder / rows[0]["run"] / "log.jsonl").stat().st_mtime_ns
     capsys.readouterr()

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsecod_mcore.ops import SharedTangents, flash_attention_jvp, flash_attention_jvp_shared
+from sparsecod_mcore.ops.flash_attention_jvp_shared import flash_attention_jvp_written_out
 from tests.ops import tangents
 from tests.ops.test_flash_attention_jvp import DTYPES, RESULTS, Results, Shape, errors, exact
 
@@ -138,13 +139,16 @@ for dtype in (torch.float32, torch.bfloat16, torch.float64):
     tangents.run_with_capability(capability, program)
 
 
-def test_where_there_is_no_kernel_tangents_are_written_out(monkeypatch):
-    """As on CUDA: the wrapper, given tensors of a device that it does not know."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_there_is_no_kernel_tangents_are_written_out(dtype):
+    """What CUDA tensors are given to."""
     torch.manual_seed(4)
-    inputs = draw(SHAPES[2], torch.float32, 2, 1)
-    found = run(inputs, True)
-    monkeypatch.setitem(flash_attention_jvp_shared.__globals__, "_DEVICES", ())
-    assert errors(run(inputs, True), found).max() < 1e-6
+    inputs = draw(SHAPES[2], dtype, 2, 1)
+    primals, shared, others = inputs
+    written_out = flash_attention_jvp_written_out(*primals, *shared, *others)
+    assert errors(run(inputs, True), written_out).max() < 4 * torch.finfo(dtype).eps
+    with pytest.raises(ValueError, match=r"^token_scale has shape \[1, 97\], but must have k's batch and keys"):
+        flash_attention_jvp_written_out(*primals, *shared._replace(token_scale=shared.token_scale[:1]), *others)
 
 
 X = torch.zeros(2, 4, 3, 8)
@@ -178,6 +182,7 @@ FITTING = {
         ({"v_offset": FITTING["v_offset"].half()}, "v_offset is float16, but must have q's dtype float32"),
         ({"token_scale": X[0, 0]}, "token_scale has shape [3, 8], but must have k's batch and keys [2, 3]"),
         ({"token_scale": FITTING["token_scale"].double()}, "token_scale is float64, but must be float32"),
+        ({"token_scale": FITTING["token_scale"].to("meta")}, "token_scale is on meta, but must be on q's device cpu"),
         (
             {"token_rate": FITTING["token_rate"][:1]},
             "token_rate has shape [1, 2, 3], but must have q_offset's probes and k's batch and keys [5, 2, 3]",

@@ -16,7 +16,7 @@ import torch
 from sparsecod_mcore.errors import UserError
 from sparsecod_mcore.scoring import plan
 from sparsecod_mcore.scoring.interventions import ZeroExperts
-from sparsecod_mcore.scoring.registry import DEFAULT_SCORES, make_scores
+from sparsecod_mcore.scoring.registry import DEFAULT_SCORES, make_scores, names_for
 from sparsecod_mcore.scoring.results import Scores, read_scores
 from sparsecod_mcore.scoring.run import Request, score_model
 from sparsecod_mcore.scoring.score import Options
@@ -184,6 +184,7 @@ def test_experts(tmp_path: Path) -> None:
     scores = score(tmp_path / "model", tmp_path / "tokens.npy", tmp_path / "out", "moe")
     assert scores.moe is not None and list(scores.moe.layers) == ["1", "2"]
     stack = load_stack(tmp_path / "model")
+    assert "moe" in names_for(stack)
     tokens_NT = random_tokens(4, 33)
 
     def without_experts(layer: int, hidden_SBD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
