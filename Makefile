@@ -3,9 +3,10 @@
 PYTHON := .venv/bin/python
 EXTENSION_SOURCES := setup.py $(shell find csrc -type f)
 
-# Any text or JSONL (.gz, .zst) file to train the demo on, and any tokenizer.json: make demo CORPUS=… TOKENIZER=…
+# Any text or JSONL (.gz, .zst) file to train on, and any tokenizer.json: make demo CORPUS=… TOKENIZER=…
 CORPUS :=
 TOKENIZER :=
+TEXT = $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)")
 
 # Tests at a time. Each may start a job of four processes.
 TEST_JOBS := 2
@@ -34,10 +35,10 @@ help:
 	@echo "make clean      remove what was built; .venv and runs/ stay"
 
 demo: build
-	$(PYTHON) tools/demo.py $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)")
+	$(PYTHON) tools/demo.py $(TEXT)
 
 reproduce: build
-	$(PYTHON) tools/reproduce.py $(if $(SIZE),--size "$(SIZE)") $(if $(QUESTION),--question "$(QUESTION)")
+	$(PYTHON) tools/reproduce.py $(if $(SIZE),--size "$(SIZE)") $(if $(QUESTION),--question "$(QUESTION)") $(TEXT)
 
 test: build
 	$(PYTHON) -m pytest -q -n $(TEST_JOBS) --dist worksteal -m "not slow and not long and not gpu" --durations=10
