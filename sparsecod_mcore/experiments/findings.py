@@ -14,6 +14,7 @@ from sparsecod_mcore.experiments.questions import QUESTIONS, Question
 from sparsecod_mcore.experiments.trends import SIGNIFICANT, BySeed, Finding, judge
 from sparsecod_mcore.report.style import STYLE, save
 
+_SMALLEST_P = 1e-12  # below it rounding speaks: seeds that agree in every digit
 _LOGARITHMIC = 20.0  # a measure whose largest mean is that many times the smallest is drawn on a logarithmic axis
 LEGEND = (
     f"yes: the published direction, p < {SIGNIFICANT}; no: the opposite, p < {SIGNIFICANT}; otherwise the seeds do not "
@@ -59,7 +60,7 @@ def table_of(answer: Answer) -> str:
         trend = finding.trend
         over = "" if trend.over is None else f" ({' → '.join(trend.over)})"
         at = "" if trend.at is None else f" at {trend.at}"
-        p = "" if finding.p is None else f"{finding.p:.2g}"
+        p = "" if finding.p is None else f"{finding.p:.2g}" if finding.p >= _SMALLEST_P else f"< {_SMALLEST_P:.0e}"
         published = f"{trend.direction}{at}: {trend.published}"
         lines.append(f"| {trend.measure}{over} | {published} | {finding.found} | {p} | {finding.verdict} |")
     return "\n".join(lines)
