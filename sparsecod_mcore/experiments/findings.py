@@ -15,6 +15,7 @@ from sparsecod_mcore.experiments.trends import SIGNIFICANT, BySeed, Finding, jud
 from sparsecod_mcore.report.style import STYLE, save
 
 _SMALLEST_P = 1e-12  # below it rounding speaks: seeds that agree in every digit
+_CROWDED = 30  # letters of all labels, which then are turned
 _LOGARITHMIC = 20.0  # a measure whose largest mean is that many times the smallest is drawn on a logarithmic axis
 LEGEND = (
     f"yes: the published direction, p < {SIGNIFICANT}; no: the opposite, p < {SIGNIFICANT}; otherwise the seeds do not "
@@ -106,7 +107,8 @@ def _figure(answer: Answer, stem: Path) -> None:
             if means and min(means) > 0 and max(means) > _LOGARITHMIC * min(means):
                 axes.set_yscale("log")
             axes.set(title=measure.replace("_", " "), xticks=range(len(by_value)))
-            axes.set_xticklabels(list(by_value))
+            crowded = sum(map(len, by_value)) > _CROWDED
+            axes.set_xticklabels(list(by_value), **({"rotation": 20, "ha": "right"} if crowded else {}))
         for axes in list(figure.axes)[len(measured) :]:
             axes.set_visible(False)
         save(figure, stem)

@@ -81,7 +81,7 @@ def _commands(again: Sequence[str], size: Size, seeds: Sequence[int], sweep: Swe
     return "\n".join(
         [
             shlex.join(again),
-            "# or its runs by hand, two of them side by side on two cores:",
+            f"# or, once that has made {sweep.out}/data (named after corpus and size), its runs by hand:",
             f"for run in {names}; do for seed in {' '.join(map(str, seeds))}; do",
             f"  .venv/bin/python examples/pretrain_cod.py {training} --cod-run-dir {sweep.out}/{every.name}",
             f"  .venv/bin/python tools/score_layers.py {' '.join(scoring_command(sweep, every)[2:])}",

@@ -133,7 +133,7 @@ def _growth(run: Run) -> Iterator[Advice]:
     steepest = int(layers_PL.argmax())
     yield Advice(
         run.name,
-        f"Variance grows {number(growth.last / growth.first)} times over depth, most through {most}",
+        f"Variance grows {number(growth.last / growth.first)} times over depth, the largest part through {most}",
         f"Of the growth {percent(attention)} comes with the adds of attention and {percent(1 - attention)} with those "
         f"of the MLPs. {_meaning(aligned)} Layer {steepest} adds most, {percent(float(layers_PL[steepest]))}.",
         "Shares: "
@@ -152,7 +152,10 @@ def _meaning(aligned: float) -> str:
         return "Mostly branches repeat what the shortcut carries: the stream is amplified more than it is added to."
     if aligned < 0:
         return "On balance branches point against the shortcut, which damps the growth."
-    return "Mostly branches add directions of their own."
+    return (
+        f"Directions that branches add of their own make {percent(1 - aligned)} of it, those along the shortcut "
+        f"{percent(aligned)}."
+    )
 
 
 def _identity(run: Run) -> Iterator[Advice]:

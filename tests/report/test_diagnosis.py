@@ -69,7 +69,7 @@ def test_what_the_variance_grows_by(tmp_path: Path) -> None:
     assert growth.shares_P == pytest.approx([0.3, 0.7, 0.1, -0.1])
     assert growth.shares_PL.sum() == pytest.approx(1)
     [advice] = [one for one in diagnose([run]) if one.title.startswith("Variance grows")]
-    assert advice.title.endswith("most through the MLPs' own output")
+    assert advice.title.endswith("the largest part through the MLPs' own output")
     assert "40 % comes with the adds of attention and 60 % with those of the MLPs" in advice.text
     run.series["layer_output", "covariance"].values_IL[:] = np.nan
     assert growth_of(run) is None
