@@ -66,16 +66,17 @@ def _training(run: Path, config: Path, data: Path, tokenizer: Path) -> list[str]
 def _scoring(run: Path, config: Path, data: Path) -> list[str]:
     """A few held-out sequences, of as many tokens for every model: enough to tell layers apart."""
     length = yaml.safe_load(config.read_text())["seq_length"]
-    command = ["python", "tools/score_layers.py", "--model", str(run), "--data", str(data)]
-    return [
-        *command,
+    command = [
+        "python",
+        "tools/score_layers.py",
+        "--model",
+        str(run),
+        "--data",
+        str(data),
         "--out",
         str(run / "scores"),
-        "--length",
-        str(length),
-        "--sequences",
-        str(SCORED_TOKENS // length),
     ]
+    return [*command, "--length", str(length), "--sequences", str(SCORED_TOKENS // length)]
 
 
 def _are_of_present_weights(scores: Path, run: Path) -> bool:
