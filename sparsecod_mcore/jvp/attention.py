@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsecod_mcore.jvp.dual import Dual, gather_sequence
 from sparsecod_mcore.jvp.rules import jvp, unknown, unsupported
 from sparsecod_mcore.model.attention import SDPACoreAttention, zigzag_positions
-from sparsecod_mcore.ops import SharedTangents, flash_attention_jvp, flash_attention_jvp_shared
+from sparsecod_mcore.ops import SharedTangents, flash_attention_jvp
 
 type Rotary = Tensor | tuple[Tensor, Tensor] | None
 
@@ -186,12 +186,10 @@ def _positions(x: Dual, positions: slice) -> Dual:
 def _attend(q: Dual, k: Dual, v: Dual, scale: float | None, shared: SharedTangents | None = None) -> Dual:
     q_BNSH, k_BGTH, v_BGTH = (x.value.permute(1, 2, 0, 3) for x in (q, k, v))
     q_PBNSH, k_PBGTH, v_PBGTH = (x.tangents.permute(0, 2, 3, 1, 4) for x in (q, k, v))
-    if shared is not None:
-        context_BNSH, tangents_PBNSH, _ = flash_attention_jvp_shared(
-            q_BNSH, k_BGTH, v_BGTH, shared, q_PBNSH, k_PBGTH, v_PBGTH, scale
+    if shared is not None or len(q.tangents):
+        context_BNSH, tangents_PBNSH, _ = flash_attention_jvp(
+            q_BNSH, k_BGTH, v_BGTH, q_PBNSH, k_PBGTH, v_PBGTH, scale, shared=shared
         )
-    elif len(q.tangents):
-        context_BNSH, tangents_PBNSH, _ = flash_attention_jvp(q_BNSH, k_BGTH, v_BGTH, q_PBNSH, k_PBGTH, v_PBGTH, scale)
     else:  # which the operator does not take
         assert q_BNSH.shape[2] == k_BGTH.shape[2], "context parallelism always comes with tangents"
         context_BNSH = torch.nn.functional.scaled_dot_product_attention(

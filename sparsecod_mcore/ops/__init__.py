@@ -12,8 +12,11 @@ except ImportError as error:
 
 from sparsecod_mcore.ops.attention_stats import attention_stats, attention_stats_reference
 from sparsecod_mcore.ops.count_below import count_below, count_below_reference
-from sparsecod_mcore.ops.flash_attention_jvp import flash_attention_jvp, flash_attention_jvp_reference
-from sparsecod_mcore.ops.flash_attention_jvp_shared import SharedTangents, flash_attention_jvp_shared
+from sparsecod_mcore.ops.flash_attention_jvp import (
+    SharedTangents,
+    flash_attention_jvp,
+    flash_attention_jvp_reference,
+)
 from sparsecod_mcore.ops.probe_moments import (
     NUM_PROBE_MOMENTS,
     ProbeMoment,
@@ -45,7 +48,6 @@ __all__ = [
     "count_below_reference",
     "flash_attention_jvp",
     "flash_attention_jvp_reference",
-    "flash_attention_jvp_shared",
     "probe_moments",
     "probe_moments_reference",
     "residual_add_moments",

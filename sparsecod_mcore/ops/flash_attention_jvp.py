@@ -3,15 +3,43 @@
 The kernels are csrc/cpu/flash_attention_jvp.cpp and csrc/cuda/flash_attention_jvp*, the maths of all
 csrc/common/softmax.h. They extend FlashAttention-2 (Dao, 2023, arXiv:2307.08691) to dual numbers.
 
-Axes: P probes, B batch, H query heads, T queries, S keys, D head dimension.
+Axes: P probes, B batch, H query heads, T queries, S keys, D head dimension; N probes along directions that are the same
+at every token.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsecod_mcore.ops.cuda_build import register_cuda_fallback
+from sparsecod_mcore.ops.cuda_build import register_cuda_fallback, without_values
 
 _OPERATOR = torch.ops.sparsecod.flash_attention_jvp.default
+_SHARED_OPERATOR = torch.ops.sparsecod.flash_attention_jvp_shared.default
+_WITH_SHARED_KERNEL = ("cpu", "meta")  # devices
+
+
+class SharedTangents(NamedTuple):
+    """Tangents of the form token_scale * offset + token_rate * x, for x each of q, k and v; S = T.
+
+    RMSNorm, a projection and a rotation by position make such of a direction that is the same at every token.
+    """
+
+    q_offset: Tensor  # [N, H, T, D], of q's dtype
+    k_offset: Tensor  # [N, H_kv, S, D]
+    v_offset: Tensor  # [N, H_kv, D], the same at every token
+    token_scale: Tensor  # [B, S], float32 (float64 for float64)
+    token_rate: Tensor  # [N, B, S], likewise
+
+    def of(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The tangents themselves, [N, ...] of q [B, H, T, D], k and v [B, H_kv, S, D]."""
+        scale_B1S1, rate_NB1S1 = self.token_scale[:, None, :, None], self.token_rate[:, :, None, :, None]
+        offsets = self.q_offset[:, None], self.k_offset[:, None], self.v_offset[:, None, :, None]
+        pairs = zip(offsets, (q, k, v), strict=True)
+        q_tangent, k_tangent, v_tangent = (
+            (scale_B1S1 * offset).addcmul_(rate_NB1S1, x).to(x.dtype) for offset, x in pairs
+        )
+        return q_tangent, k_tangent, v_tangent
 
 
 def flash_attention_jvp(
@@ -23,12 +51,19 @@ def flash_attention_jvp(
     v_tangent: Tensor,
     scale: float | None = None,
     causal: bool = True,
+    shared: SharedTangents | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return o = softmax(scale q k^T) v, its derivative along the tangents, and log-sum-exp of the scores.
 
     With weights p, scores s and s' = scale (q' k^T + q k'^T), for each query
 
         o' = sum_j p_j (s'_j v_j + v'_j) - (sum_j p_j s'_j) o.
+
+    Along `shared`, where v'_j = a_j u + r_j v_j, the CPU kernel writes no tangent down and needs one product less,
+
+        o' = sum_j p_j (s'_j + r_j) v_j - (sum_j p_j s'_j) o + (sum_j p_j a_j) u;
+
+    on CUDA they are written out.
 
     Sums are float32 (float64 for float64); results are rounded once. CUDA kernels for bfloat16 and float16 round p
     and p (s' - c), c the mean of s' over the keys so far, to the inputs' dtype before they multiply v.
@@ -47,15 +82,23 @@ def flash_attention_jvp(
         v_tangent: tangent of v, likewise.
         scale: factor of the scores; None for 1 / sqrt(D).
         causal: whether query i sees keys j <= i + (S - T) only, so that the last query sees all; needs S >= T.
+        shared: tangents of N probes more, at least one. The others must have probes too, of which P may then be 0.
 
     Returns:
-        o, like q, and its tangent, like q_tangent, B, H and T in the order in which q has them in memory; and the
-        natural logarithm of sum_j exp(s_j), [B, H, T], contiguous, float32 (float64 for float64).
+        o, like q, and its tangent, like q_tangent, those of `shared` first ([N + P, B, H, T, D]), B, H and T in the
+        order in which q has them in memory; and the natural logarithm of sum_j exp(s_j), [B, H, T], contiguous, float32
+        (float64 for float64).
 
     Raises:
         ValueError: names the argument that does not fit, what was given and what is accepted.
     """
-    return _OPERATOR(q, k, v, q_tangent, k_tangent, v_tangent, scale, causal)
+    others = q_tangent, k_tangent, v_tangent
+    if shared is None:
+        return _OPERATOR(q, k, v, *others, scale, causal)
+    if q.device.type in _WITH_SHARED_KERNEL:
+        return _SHARED_OPERATOR(q, k, v, *shared, *others, scale, causal)
+    _SHARED_OPERATOR(*(without_values(x) for x in (q, k, v, *shared, *others)), scale, causal)  # checks arguments
+    return _OPERATOR(q, k, v, *map(torch.cat, zip(shared.of(q, k, v), others, strict=True)), scale, causal)
 
 
 def flash_attention_jvp_reference(

@@ -295,15 +295,8 @@ def test_results_lie_in_memory_as_queries_do():
 def test_the_same_bits_from_run_to_run_and_for_any_number_of_threads():
     torch.manual_seed(7)
     tensors = Shape(200, 200, 64, heads=4, kv_heads=2).draw(torch.bfloat16)
-    threads = torch.get_num_threads()
-    runs = []
-    try:
-        for count in (1, 2, 2, 1):
-            torch.set_num_threads(count)
-            runs.append(flash_attention_jvp(*tensors))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(x, y) for run in runs[1:] for x, y in zip(run, runs[0], strict=True))
+    first, *others = tangents.on_thread_counts(lambda: flash_attention_jvp(*tensors))
+    assert all(torch.equal(x, y) for other in others for x, y in zip(other, first, strict=True))
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsecod_mcore.ops import SharedTangents, flash_attention_jvp, flash_attention_jvp_shared
-from sparsecod_mcore.ops.flash_attention_jvp_shared import flash_attention_jvp_written_out
+from sparsecod_mcore.ops import SharedTangents, flash_attention_jvp
 from tests.ops import tangents
 from tests.ops.test_flash_attention_jvp import DTYPES, RESULTS, Results, Shape, errors, exact
 
@@ -44,7 +43,7 @@ def expected_of(inputs: Inputs, causal: bool, scale: float | None = None) -> Res
 
 def run(inputs: Inputs, causal: bool, scale: float | None = None) -> Results:
     primals, shared, others = inputs
-    return flash_attention_jvp_shared(*primals, shared, *others, scale, causal)
+    return flash_attention_jvp(*primals, *others, scale, causal, shared)
 
 
 @pytest.mark.parametrize(("shared_probes", "probes"), [(1, 0), (4, 1), (2, 3)])
@@ -114,15 +113,8 @@ def test_tokens_to_come_are_not_seen():
 def test_the_same_bits_for_any_number_of_threads():
     torch.manual_seed(3)
     inputs = draw(Shape(200, 200, 64, heads=4, kv_heads=2), torch.bfloat16, 2, 1)
-    threads = torch.get_num_threads()
-    runs = []
-    try:
-        for count in (1, 2, 1):
-            torch.set_num_threads(count)
-            runs.append(run(inputs, True))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(x, y) for other in runs[1:] for x, y in zip(other, runs[0], strict=True))
+    first, *others = tangents.on_thread_counts(lambda: run(inputs, True))
+    assert all(torch.equal(x, y) for other in others for x, y in zip(other, first, strict=True))
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
@@ -140,15 +132,16 @@ for dtype in (torch.float32, torch.bfloat16, torch.float64):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_where_there_is_no_kernel_tangents_are_written_out(dtype):
+def test_where_there_is_no_kernel_tangents_are_written_out(dtype, monkeypatch):
     """What CUDA tensors are given to."""
     torch.manual_seed(4)
     inputs = draw(SHAPES[2], dtype, 2, 1)
+    found = run(inputs, True)
+    monkeypatch.setitem(flash_attention_jvp.__globals__, "_WITH_SHARED_KERNEL", ())
+    assert errors(found, run(inputs, True)).max() < 4 * torch.finfo(dtype).eps
     primals, shared, others = inputs
-    written_out = flash_attention_jvp_written_out(*primals, *shared, *others)
-    assert errors(run(inputs, True), written_out).max() < 4 * torch.finfo(dtype).eps
     with pytest.raises(ValueError, match=r"^token_scale has shape \[1, 97\], but must have k's batch and keys"):
-        flash_attention_jvp_written_out(*primals, *shared._replace(token_scale=shared.token_scale[:1]), *others)
+        run((primals, shared._replace(token_scale=shared.token_scale[:1]), others), True)
 
 
 X = torch.zeros(2, 4, 3, 8)
@@ -200,7 +193,7 @@ def test_arguments_that_do_not_fit(given, told):
         arguments["q_tangent"] = given["q"][None]
     shared = SharedTangents(**{name: arguments.pop(name) for name in FITTING})
     with pytest.raises(ValueError) as error:
-        flash_attention_jvp_shared(**arguments, shared=shared)
+        flash_attention_jvp(**arguments, shared=shared)
     assert str(error.value) == told
 
 
